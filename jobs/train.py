@@ -1,0 +1,35 @@
+"""Train a reward model: jobs/train.py CONFIG.yaml [--section.field value ...]"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+from rayrm.config import TrainConfig, describe
+from rayrm.errors import RayrmError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Train a reward model and export it; the same name resumes.",
+        epilog="overrides:\n" + describe(TrainConfig),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="YAML file, for example jobs/configs/quickstart.yaml")
+    args, overrides = parser.parse_known_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        config = TrainConfig.load(args.config, overrides)
+        from rayrm.train import fit  # only now: torch and Ray take seconds to import
+
+        result = fit(config)
+    except RayrmError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    print(f"export: {result.export}")
+    if result.metrics:
+        print(f"held-out accuracy: {result.metrics['accuracy']:.3f} on {result.metrics['pairs']} pairs")
+
+
+if __name__ == "__main__":
+    main()

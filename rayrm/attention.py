@@ -1,0 +1,240 @@
+"""Shared-prefix attention over a pack, registered with transformers under the name "rayrm".
+
+Each segment of a pack attends to its group's prefix and, causally, to itself. Three ways to the
+same numbers: CPU kernels merged by log-sum-exp (no mask is ever built), one varlen kernel call on
+CUDA, and a masked reference for sliding windows, soft caps and fp32 on CUDA. Knows nothing of
+models, rewards or losses; a model only has to call transformers' attention interface.
+
+Shapes: B = 1 batch, H query heads, G key/value heads, T tokens of the pack, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rayrm.packing import Segment
+
+NAME = "rayrm"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The segments of one pack, and what the CUDA kernel needs to know of them, built once."""
+
+    segments: tuple[Segment, ...]
+    device: torch.device
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest row: prefix and suffix."""
+        return max(s.end - s.start + s.prefix_end - s.prefix_start for s in self.segments)
+
+    @cached_property
+    def cu_seq_q(self) -> Tensor:
+        bounds = [0, *(s.end for s in self.segments)]
+        return torch.tensor(bounds, dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def cu_seq_k(self) -> Tensor:
+        lengths = [s.end - s.start + s.prefix_end - s.prefix_start for s in self.segments]
+        return torch.tensor([0, *lengths], device=self.device).cumsum(0).to(torch.int32)
+
+    @cached_property
+    def gather(self) -> Tensor:
+        """Key positions of every segment in turn: its prefix, then itself."""
+        parts = [
+            torch.arange(a, b)
+            for s in self.segments
+            for a, b in ((s.prefix_start, s.prefix_end), (s.start, s.end))
+        ]
+        return torch.cat(parts).to(self.device)
+
+    @cached_property
+    def families(self) -> list[tuple[int, int, int, list[int]]]:
+        """Groups as (prefix start, prefix end, suffixes end, bounds of the suffixes)."""
+        families: list[tuple[int, int, int, list[int]]] = []
+        for s in self.segments:
+            if s.prefix_end == s.prefix_start:
+                families.append((s.start, s.end, s.end, [s.end]))
+            else:
+                start, prefix_end, _, bounds = families[-1]
+                families[-1] = (start, prefix_end, s.end, [*bounds, s.end])
+        return families
+
+
+def shared_prefix_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    layout: Layout,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a pack: query [1, H, T, D], key and value [1, G, T, D] → [1, T, H, D].
+
+    The interface that transformers' models call; they pass `layout` on untouched.
+    """
+    assert attention_mask is None and dropout == 0.0 and query.shape[0] == 1
+    if torch.is_autocast_enabled(query.device.type):
+        # As autocast does for torch's own attention: rotary embedding leaves query and key in fp32.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    window = sliding_window if sliding_window and sliding_window < layout.longest else None
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None:
+        out = _varlen(query, key, value, layout, scaling, window)
+    elif query.device.type == "cpu" and window is None and softcap is None:
+        out = _MergedAttention.apply(query, key, value, layout, scaling)
+    else:
+        out = _masked(query, key, value, layout, scaling, window, softcap)
+    return out, None
+
+
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float, window: int | None
+) -> Tensor:
+    """One kernel call: a segment's keys are gathered prefix + itself, aligned bottom-right."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    out: Tensor = varlen_attn(
+        q[0].transpose(0, 1),
+        k[0].transpose(0, 1)[layout.gather],
+        v[0].transpose(0, 1)[layout.gather],
+        layout.cu_seq_q,
+        layout.cu_seq_k,
+        layout.longest,
+        layout.longest,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out[None]
+
+
+def _masked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """The definition, one segment at a time, scores and softmax written out."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    outs = []
+    for s in layout.segments:
+        prefix, own = slice(s.prefix_start, s.prefix_end), slice(s.start, s.end)
+        keys = torch.cat([k[:, :, prefix], k[:, :, own]], dim=2)
+        values = torch.cat([v[:, :, prefix], v[:, :, own]], dim=2)
+        scores = q[:, :, own] @ keys.mT * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        k_at = torch.arange(keys.shape[2], device=q.device)
+        q_at = k_at[-scores.shape[2] :, None]
+        hidden = k_at > q_at
+        if window is not None:
+            hidden |= q_at - k_at >= window
+        scores = scores.masked_fill(hidden, -torch.inf)
+        weights = scores.to(torch.promote_types(q.dtype, torch.float32)).softmax(-1).to(q.dtype)
+        outs.append(weights @ values)
+    return torch.cat(outs, dim=2).transpose(1, 2)
+
+
+class _MergedAttention(torch.autograd.Function):
+    """CPU flash kernels per block of keys, merged by log-sum-exp; exact in both directions.
+
+    Forward: a group's suffixes attend to the prefix in one call, each to itself in another; with
+    l = logaddexp(l₁, l₂) the merged output is e^(l₁-l)·o₁ + e^(l₂-l)·o₂. Backward: the flash kernel
+    recomputes its weights as exp(score - l), so giving it the *merged* output and l yields each
+    block's exact share of the gradient (as in ring attention, Liu et al. 2023, arXiv:2310.01889).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float
+    ) -> Tensor:
+        _, H, T, D = q.shape
+        out = q.new_empty(1, T, H, D).transpose(1, 2)
+        lse_dtype = torch.promote_types(q.dtype, torch.float32)
+        lse = torch.empty(1, T, H, dtype=lse_dtype, device=q.device).transpose(1, 2)
+        for start, prefix_end, end, bounds in layout.families:
+            for a, b in pairwise([start, *bounds]):
+                own = slice(a, b)
+                out[:, :, own], lse[:, :, own] = _flash(q, k, v, own, own, True, scaling)
+            if end > prefix_end:
+                suffixes = slice(prefix_end, end)
+                o_p, l_p = _flash(q, k, v, suffixes, slice(start, prefix_end), False, scaling)
+                o_s, l_s = out[:, :, suffixes], lse[:, :, suffixes]
+                merged = torch.logaddexp(l_p, l_s)
+                w_p, w_s = (l_p - merged).exp()[..., None], (l_s - merged).exp()[..., None]
+                out[:, :, suffixes] = (w_p * o_p + w_s * o_s).to(q.dtype)
+                lse[:, :, suffixes] = merged
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.layout, ctx.scaling = layout, scaling
+        return out.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        grad_out = grads[0].transpose(1, 2)
+        heads_per_key = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(heads_per_key, dim=1) for x in (k, v))
+        grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
+        for at, keys, causal in _blocks(ctx.layout):
+            flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+            d_q, d_k, d_v = flash_backward(
+                grad_out[:, :, at],
+                q[:, :, at],
+                k[:, :, keys],
+                v[:, :, keys],
+                out[:, :, at],
+                lse[:, :, at],
+                0.0,
+                causal,
+                scale=ctx.scaling,
+            )
+            grad_q[:, :, at] += d_q
+            grad_k[:, :, keys] += d_k
+            grad_v[:, :, keys] += d_v
+        grad_k, grad_v = (
+            x.unflatten(1, (-1, heads_per_key)).sum(2) if heads_per_key > 1 else x
+            for x in (grad_k, grad_v)
+        )
+        return grad_q, grad_k, grad_v, None, None
+
+
+def _blocks(layout: Layout) -> Iterator[tuple[slice, slice, bool]]:
+    """Every (queries, keys, causal) block: each segment on itself, suffixes on their prefix."""
+    for start, prefix_end, end, bounds in layout.families:
+        for a, b in pairwise([start, *bounds]):
+            yield slice(a, b), slice(a, b), True
+        if end > prefix_end:
+            yield slice(prefix_end, end), slice(start, prefix_end), False
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, at: slice, keys: slice, causal: bool, scaling: float
+) -> Sequence[Tensor]:
+    """torch's CPU flash kernel: output [1, H, t, D] and log-sum-exp [1, H, t]."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    result: Sequence[Tensor] = flash(
+        q[:, :, at], k[:, :, keys], v[:, :, keys], 0.0, causal, scale=scaling
+    )
+    return result
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, shared_prefix_attention)

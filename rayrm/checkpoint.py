@@ -1,0 +1,54 @@
+"""ZeRO shards ↔ Ray Train checkpoints, and shards → one fp32 state dict.
+
+Every rank writes its own shards into a directory of its own, which Ray Train merges into one in the
+run's storage. Knows DeepSpeed's file format through DeepSpeed alone, and nothing of the loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch import Tensor
+
+from rayrm.errors import TrainingError
+
+TAG = "shards"
+
+
+def save_shards(engine: DeepSpeedEngine, directory: str, state: dict[str, Any]) -> None:
+    """Write this rank's weights, optimizer state and `state` (JSON-like) below directory."""
+    engine.save_checkpoint(directory, tag=TAG, client_state={"rayrm": state})
+
+
+def load_shards(engine: DeepSpeedEngine, directory: str, world_size: int) -> dict[str, Any]:
+    """Restore this rank's weights and optimizer state; returns what was saved as `state`.
+
+    Raises TrainingError where the checkpoint was written by another number of workers.
+    """
+    written_by = len(list((Path(directory) / TAG).glob("*optim_states.pt"))) or world_size
+    if written_by != world_size:
+        raise TrainingError(
+            f"the checkpoint was written by {written_by} workers and shards are per worker: resume "
+            f"with cluster.workers {written_by}, or start under another name"
+        )
+    _, client_state = engine.load_checkpoint(directory, tag=TAG)
+    state: dict[str, Any] = client_state["rayrm"]
+    return state
+
+
+def consolidate(directory: str) -> dict[str, Tensor]:
+    """The whole model's fp32 weights, by name, from every ZeRO stage's shards."""
+    shards = Path(directory) / TAG
+    if any(shards.glob("*optim_states.pt")):
+        with contextlib.redirect_stdout(io.StringIO()):
+            state = get_fp32_state_dict_from_zero_checkpoint(directory, tag=TAG)
+    else:  # ZeRO 0: every rank holds everything
+        file = shards / "mp_rank_00_model_states.pt"
+        state = torch.load(file, map_location="cpu", weights_only=False)["module"]
+    return dict(state)

@@ -1,0 +1,181 @@
+"""What passes between client and replica: a step of rows, cut into chunks of flat arrays.
+
+Equal rows are sent once, a group stays in one chunk, chunks cost about the same. Knows nothing of
+Ray, of tokenizers or of models: a token is taken to be four bytes, which ids are exactly and
+English text is nearly.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayrm.data import Text
+from rayrm.engine import Rewards
+from rayrm.errors import InvalidRow, RowError
+from rayrm.packing import balance
+from rayrm.template import Row, Tokens, check_row, is_ids
+
+BYTES_PER_TOKEN = 4
+
+# A replica merges what it is sent into full packs, so a chunk need not fill one. Small chunks even
+# out what replicas finish; below about 2048 tokens a call starts to cost as much as its forward.
+CHUNK_TOKENS = (2048, 4096)
+
+# For every replica: enough that none waits for the last one, and that a pack is there to be
+# computed while the next is on its way.
+CHUNKS_PER_REPLICA = 4
+
+# A group is cut only where computing its prompt again costs an eighth of the piece at most.
+MIN_PROMPTS_PER_PIECE = 8
+
+TEXT, IDS, JSON = range(3)
+
+Payload = tuple[int, bytes]
+"""A prompt or response on the wire: what it is, and its bytes."""
+
+
+def to_payload(value: Text | Tokens) -> Payload:
+    """utf-8 of a text, int32 of token ids; JSON of messages, and of ids that no int32 holds."""
+    if isinstance(value, str):
+        return TEXT, value.encode()
+    if not is_ids(value):
+        return JSON, json.dumps(value).encode()
+    ids = np.asarray(value)
+    if len(ids) and (ids.min() < -(2**31) or ids.max() >= 2**31):
+        return JSON, json.dumps([int(i) for i in cast(Tokens, value)]).encode()
+    return IDS, ids.astype(np.int32).tobytes()
+
+
+def from_payload(kind: int, data: NDArray[np.uint8]) -> Text | Tokens:
+    """What to_payload was given, token ids as an int32 array."""
+    if kind == IDS:
+        return data.view(np.int32)
+    text = data.tobytes().decode()
+    return text if kind == TEXT else json.loads(text)
+
+
+@dataclass(frozen=True)
+class Column:
+    """Payloads end to end: kinds uint8 [n], data uint8 [bytes], ends int64 [n] into data."""
+
+    kinds: NDArray[np.uint8]
+    data: NDArray[np.uint8]
+    ends: NDArray[np.int64]
+
+    @classmethod
+    def pack(cls, payloads: Sequence[Payload]) -> Column:
+        return cls(
+            np.array([kind for kind, _ in payloads], dtype=np.uint8),
+            np.frombuffer(b"".join(data for _, data in payloads), dtype=np.uint8),
+            np.cumsum([len(data) for _, data in payloads], dtype=np.int64),
+        )
+
+    def unpack(self) -> list[Text | Tokens]:
+        parts = np.split(self.data, self.ends[:-1])
+        return [from_payload(kind, part) for kind, part in zip(self.kinds, parts, strict=True)]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """N rows on their way to a replica. prompts: each once; prompt_of: int32 [N] into them."""
+
+    prompts: Column
+    prompt_of: NDArray[np.int32]
+    responses: Column
+    finished: NDArray[np.bool_]
+    tokenizer: str | None
+
+    def rows(self) -> list[Row]:
+        prompts = self.prompts.unpack()
+        responses = self.responses.unpack()
+        return [
+            Row(prompts[p], response, bool(finished))
+            for p, response, finished in zip(self.prompt_of, responses, self.finished, strict=True)
+        ]
+
+
+Key = tuple[Payload, Payload, bool]
+"""Prompt, response, finished: rows of one key are one row."""
+
+
+class Step:
+    """N rows of one call: what of them to send, and where the rewards belong."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+        self.errors: list[RowError | None] = [None] * len(rows)
+        self.places: dict[Key, list[int]] = {}
+        for i, row in enumerate(rows):
+            try:
+                check_row(row)
+            except InvalidRow as error:
+                self.errors[i] = error
+                continue
+            key = to_payload(row.prompt), to_payload(row.response), row.finished
+            self.places.setdefault(key, []).append(i)
+
+    def cut(self, replicas: int) -> list[list[Key]]:
+        """The distinct rows as chunks of about equal cost, costliest first."""
+        groups: dict[Payload, list[Key]] = {}
+        for key in self.places:
+            groups.setdefault(key[0], []).append(key)
+        total = sum(map(_cost, groups.values()))
+        size = np.clip(total / (CHUNKS_PER_REPLICA * replicas), *CHUNK_TOKENS)
+        pieces = [piece for group in groups.values() for piece in _pieces(group, size)]
+        bins = balance([round(_cost(piece)) for piece in pieces], int(np.ceil(total / size)))
+        return [[key for p in indices for key in pieces[p]] for indices in bins if indices]
+
+    def collect(self, chunks: Sequence[Sequence[Key]], replies: Sequence[Rewards]) -> Rewards:
+        """The chunks' rewards at their rows' places.
+
+        A row that is not text, messages or ids was never sent: it has no version.
+        """
+        n = len(self.rows)
+        values = np.full(n, np.nan, dtype=np.float32)
+        truncated = np.zeros(n, dtype=bool)
+        errors, versions = list(self.errors), [""] * n
+        for chunk, reply in zip(chunks, replies, strict=True):
+            for k, key in enumerate(chunk):
+                for i in self.places[key]:
+                    values[i], truncated[i] = reply.values[k], reply.truncated[k]
+                    errors[i], versions[i] = reply.errors[k], reply.versions[k]
+        unfinished = np.array([not row.finished for row in self.rows], dtype=bool)
+        return Rewards(values, errors, truncated, unfinished, versions)
+
+
+def to_chunk(keys: Sequence[Key], tokenizer: str | None) -> Chunk:
+    """Rows as flat arrays, each prompt once."""
+    prompts = {prompt: p for p, prompt in enumerate(dict.fromkeys(key[0] for key in keys))}
+    return Chunk(
+        Column.pack(list(prompts)),
+        np.array([prompts[key[0]] for key in keys], dtype=np.int32),
+        Column.pack([key[1] for key in keys]),
+        np.array([key[2] for key in keys], dtype=bool),
+        tokenizer,
+    )
+
+
+def _cost(group: Sequence[Key]) -> float:
+    """Tokens of rows with one prompt: it is computed once."""
+    payloads = [group[0][0], *(key[1] for key in group)]
+    return sum(len(data) for _, data in payloads) / BYTES_PER_TOKEN
+
+
+def _pieces(group: Sequence[Key], size: float) -> Iterator[Sequence[Key]]:
+    """The group whole, or in pieces of about that many tokens if it is larger."""
+    prompt = len(group[0][0][1]) / BYTES_PER_TOKEN
+    size = max(size, MIN_PROMPTS_PER_PIECE * prompt)
+    start, cost = 0, prompt
+    for i, key in enumerate(group):
+        response = len(key[1][1]) / BYTES_PER_TOKEN
+        if i > start and cost + response > size:
+            yield group[start:i]
+            start, cost = i, prompt
+        cost += response
+    yield group[start:]

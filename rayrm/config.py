@@ -1,0 +1,253 @@
+"""What a run is configured by: Pydantic sections, two levels deep, from YAML and dotted overrides.
+
+A wrong key or value is a ConfigError that names the key, the value and what is allowed, before any
+model loads. Imports neither torch nor Ray, so that --help is instant.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from rayrm.errors import ConfigError
+
+Names = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class Config(Section):
+    """A whole configuration: what is wrong with it is raised as ConfigError, key by key."""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(type(self), error)) from None
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read YAML, then apply overrides ["--section.field", "value", …]."""
+        return cls(**_override(_read_yaml(path), overrides))
+
+
+class ModelSection(Section):
+    path: str = "SmolLM2-135M-Instruct"
+    """Base model: a directory, a hub name, or the default that ships as a package."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout of embeddings and residuals; attention weights are never dropped."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    trust_remote_code: bool = False
+    """Run code that the model's repository ships."""
+
+
+class DataSection(Section):
+    train: Names = Field(min_length=1)
+    """Files, globs, directories or hub names of preference records."""
+    eval: Names = []
+    """Held-out records: evaluation during the run, and the export's reward mean and std."""
+    max_length: int = Field(1024, ge=8)
+    """Longest row in tokens, prompt and response."""
+    overlong: Literal["truncate", "drop"] = "truncate"
+    """An over-long row: cut its prompt from the left, or drop it. Responses are never cut."""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """A record that cannot be read: stop, or count it and go on."""
+    format: Literal["auto", "chat", "text"] = "auto"
+    """Rendered by the chat template, or prompt + separator + response + EOS; auto: chat where
+    there is a template."""
+    separator: str = "\n"
+    """Between prompt and response in the text format."""
+    chat_template: str | None = None
+    """A Jinja chat template to use (and export) instead of the tokenizer's."""
+
+    @property
+    def overlong_rows(self) -> Literal["truncate", "error"]:
+        """overlong, as scoring names it: a dropped row is one with an error."""
+        return "truncate" if self.overlong == "truncate" else "error"
+
+
+class LossSection(Section):
+    centering: float = Field(0.0, ge=0)
+    """Coefficient of (r_chosen + r_rejected)², which keeps rewards around 0."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of labels taken to be flipped."""
+
+
+class TrainSection(Section):
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the training groups; a fraction stops early."""
+    groups_per_step: int = Field(16, ge=1)
+    """Groups in one optimizer step, over all workers. For pair data: pairs."""
+    tokens_per_micro_batch: int = Field(4096, ge=8)
+    """Token budget of a pack. Changes speed and memory, never the result."""
+    learning_rate: float = Field(1e-5, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """After the warm-up; cosine and linear fall to 0."""
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = Field(1.0, ge=0)
+    """Largest norm of the gradient; 0 turns clipping off."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the computation; weights, head and optimizer state are fp32 either way."""
+    seed: int = 0
+    """Of the head's first weights and of the order of groups."""
+    eval_every: int = Field(0, ge=0)
+    """Optimizer steps between evaluations on held-out groups; 0: only the export is evaluated."""
+    checkpoint_every: int = Field(0, ge=0)
+    """Optimizer steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: int = Field(1, ge=1)
+    """How many of the latest checkpoints are kept."""
+    export_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the exported backbone; the head is always exported in fp32."""
+
+
+class DeepSpeedSection(Section):
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What is sharded: nothing, optimizer state, + gradients, + weights."""
+    overrides: dict[str, Any] = {}
+    """Merged into the DeepSpeed config as it is."""
+
+
+class ClusterSection(Section):
+    workers: int = Field(1, ge=1)
+    """Ray Train workers, one rank each."""
+    gpus_per_worker: float = Field(0, ge=0)
+    """0 trains on CPU."""
+    cpus_per_worker: float = Field(1, gt=0)
+    """Also the number of torch threads of a CPU worker."""
+    labels: dict[str, str] = {}
+    """Ray node labels that workers must land on, e.g. {"rayrm/group": "train"}."""
+    retries: int = Field(0, ge=0)
+    """How often Ray Train restarts the workers from the latest checkpoint after a failure."""
+
+
+class TrainConfig(Config):
+    """One training run."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    """The run: the same name under the same storage resumes."""
+    storage: str = "runs"
+    """Where the run's directory lies: a local path, or s3://… or gs://…"""
+    data: DataSection
+    model: ModelSection = Field(default_factory=ModelSection)
+    loss: LossSection = Field(default_factory=LossSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    deepspeed: DeepSpeedSection = Field(default_factory=DeepSpeedSection)
+    cluster: ClusterSection = Field(default_factory=ClusterSection)
+
+    @model_validator(mode="after")
+    def _evaluates_on_something(self) -> Self:
+        if self.train.eval_every and not self.data.eval:
+            raise ValueError("train.eval_every is set, but data.eval names no held-out records")
+        return self
+
+
+class ServeConfig(Config):
+    """One served reward model."""
+
+    export: str
+    """The export directory, readable from every serving node."""
+    app: str = "rayrm"
+    """Name of the Serve application, which clients call."""
+    replicas: int = Field(1, ge=1)
+    gpus_per_replica: float = Field(0, ge=0)
+    """0 serves on CPU."""
+    cpus_per_replica: float = Field(1, gt=0)
+    """Also the number of torch threads of a CPU replica."""
+    labels: dict[str, str] = {}
+    """Ray node labels that replicas must land on."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the backbone; auto: as exported."""
+    max_length: int | None = Field(None, ge=8)
+    """Longest row in tokens; by default as in training."""
+    overlong: Literal["error", "truncate"] = "error"
+    """An over-long row gets a typed error, or its prompt's left is cut and the result says so."""
+    tokens_per_pack: int = Field(8192, ge=8)
+    """Token budget of one forward."""
+    max_queue_tokens: int = Field(1_000_000, ge=8)
+    """Tokens a replica lets wait before callers have to hold back."""
+    hang_timeout_s: float = Field(300.0, gt=0)
+    """A pack that computes for longer fails the replica's health check, and Serve replaces it."""
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read YAML, or take path for the export; then apply overrides ["--field", "value", …]."""
+        is_yaml = Path(path).suffix in (".yaml", ".yml")
+        values = _read_yaml(path) if is_yaml else {"export": str(path)}
+        return cls(**_override(values, overrides))
+
+
+def describe(section: type[BaseModel], prefix: str = "--") -> str:
+    """Every field as a command-line override: its flag, default and meaning, one a line."""
+    lines = []
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            lines.append(describe(inner, f"{prefix}{name}."))
+            continue
+        default = "required" if field.is_required() else repr(field.get_default())
+        meaning = " ".join((field.description or "").split())
+        lines.append(f"  {prefix}{name} ({default})  {meaning}".rstrip())
+    return "\n".join(lines)
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"no config file {Path(path).resolve()}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, got {type(values).__name__}")
+    return values
+
+
+def _override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    pairs = [p for word in overrides for p in (word.split("=", 1) if "=" in word else [word])]
+    if len(pairs) % 2:
+        raise ConfigError(f"override {pairs[-1]!r} has no value: write --section.field value")
+    for flag, value in zip(pairs[::2], pairs[1::2], strict=True):
+        if not flag.startswith("--"):
+            raise ConfigError(f"override {flag!r} must be --section.field, followed by its value")
+        *sections, field = flag.removeprefix("--").split(".")
+        at = values
+        for section in sections:
+            at = at.setdefault(section, {})
+            if not isinstance(at, dict):
+                raise ConfigError(f"{flag}: {section!r} is a value, not a section")
+        at[field] = yaml.safe_load(value)
+    return values
+
+
+def _explain(model: type[BaseModel], error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            allowed = _fields_at(model, problem["loc"][:-1])
+            near = difflib.get_close_matches(str(problem["loc"][-1]), allowed, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            lines.append(f"unknown key {key!r}{hint} (allowed: {', '.join(allowed)})")
+        elif problem["type"] == "missing":
+            lines.append(f"{key} is required")
+        elif key:
+            lines.append(f"{key} = {problem['input']!r}: {problem['msg']}")
+        else:
+            lines.append(problem["msg"].removeprefix("Value error, "))
+    return "; ".join(lines)
+
+
+def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    for part in loc:
+        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
+    return list(model.model_fields)

@@ -1,0 +1,453 @@
+"""Preference records in the field's formats → groups of text.
+
+A record's format is told from its columns; each may be text or messages
+(`{"role": …, "content": …}`, other keys of a message are reported as ignored):
+
+    chosen, rejected               one pair; the prompt is what both begin with (implicit), or
+    prompt, chosen, rejected       is given (explicit)
+    … rejected is a list           best-of-N: chosen wins against each
+    … responses, ranks             K-wise, 1 = best: every strictly ordered pair
+    … responses, scores            K-wise, higher = better
+
+Text without a prompt that begins with "\\n\\nHuman:" is hh-rlhf's flat format and becomes messages;
+other text without a prompt stays whole, with the prompt "". Optional columns: `margin`, `label`
+(probability that chosen wins) and `subset`, which hold for the whole record; whether a response
+ended by itself (true) or was cut at the sampler's token limit: `chosen_finished` and
+`rejected_finished` (a list where `rejected` is one), or `finished` (a list beside `responses`).
+
+Knows nothing of tokens, templates, configuration or Ray, and holds all groups in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any, Literal
+
+from rayrm.errors import DataError
+from rayrm.sources import open_sources
+
+Message = dict[str, str]
+Text = str | list[Message]
+
+_JUDGED_COLUMNS = {"chosen", "rejected", "responses", "ranks", "scores"}
+_OPTIONAL_COLUMNS = {"prompt", "margin", "label", "subset"}
+_PAIR_FLAGS = {"chosen_finished", "rejected_finished"}
+_COLUMNS = _JUDGED_COLUMNS | _OPTIONAL_COLUMNS | _PAIR_FLAGS | {"finished"}
+_ACCEPTED = (
+    "a record has chosen and rejected (one response, or a list of them), or responses with ranks "
+    "(1 = best) or scores (higher = better); prompt, margin, label and subset are optional"
+)
+
+# Columns and keys of messages without which something other than what was judged is scored.
+_CONTEXT_COLUMNS = ("tools", "functions", "documents", "chat_template_kwargs", "system", "history")
+_MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+_CALL_KEYS = ("name", "tool_calls", "tool_call_id", "function_call")
+_THOUGHT_KEYS = ("reasoning", "reasoning_content", "thinking")
+# Columns that hold the prompt where text comes without one.
+_PROMPT_ALIASES = ("question", "instruction", "query", "input", "context")
+
+_FLAT_START = "\n\nHuman:"
+_FLAT_TURN = re.compile(r"\n\n(Human|Assistant):")
+_FLAT_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One preferred pair of a group. `chosen` and `rejected` index `Group.responses`."""
+
+    chosen: int
+    rejected: int
+    margin: float = 0.0
+    label: float = 1.0
+    """Probability that chosen wins, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt, the distinct responses to it, and the preferences over them."""
+
+    prompt: Text
+    """"" or [] where the records carry no prompt."""
+    responses: list[Text]
+    """All text or all messages, as the prompt is. Each takes part in a preference."""
+    preferences: list[Preference]
+    finished: list[bool]
+    """Per response; false = cut at the sampler's token limit."""
+    subset: str
+    source: str
+    """"file:row" of the first record, rows counted from 1. For messages to people only."""
+
+
+@dataclass
+class ReadReport:
+    """What became of every record."""
+
+    records: int = 0
+    groups: int = 0
+    pairs: int = 0
+    """Preferences in the groups."""
+    merged: int = 0
+    """Records that joined the group of an earlier one."""
+    ties: int = 0
+    """Pairs of equal rank or identical responses: no preference."""
+    dropped: int = 0
+    """Groups left without a preference because all their pairs are ties."""
+    bad: list[str] = field(default_factory=list)
+    """One message for each record that was skipped."""
+    ignored_columns: list[str] = field(default_factory=list)
+    """Columns with values that mean nothing here; `message.KEY` is a key of a message."""
+    ignored_files: list[str] = field(default_factory=list)
+    """Found by a glob or in a directory, but not read: of another kind, or another split."""
+
+    def __str__(self) -> str:
+        parts = [f"{self.records} records: {self.groups} groups, {self.pairs} pairs"]
+        counts = {
+            "merged": self.merged,
+            "ties": self.ties,
+            "groups dropped": self.dropped,
+            "bad": len(self.bad),
+            "files ignored": len(self.ignored_files),
+        }
+        parts += [f"{count} {name}" for name, count in counts.items() if count]
+        if self.ignored_columns:
+            parts.append(f"ignored columns: {' '.join(self.ignored_columns)}")
+        return ", ".join(parts)
+
+
+def read_groups(
+    paths: str | Sequence[str],
+    *,
+    split: str = "train",
+    on_bad_record: Literal["error", "skip"] = "error",
+) -> tuple[list[Group], ReadReport]:
+    """Read preference records and merge those with one prompt (and subset) into groups.
+
+    Args:
+        paths: Each a .json or .jsonl file (.gz too), .parquet, .arrow, a directory written by
+            `Dataset.save_to_disk`, a directory of such files (recursively, in sorted order), a
+            glob, or the name of a dataset on the hub.
+        split: The split of a hub dataset and of a saved `DatasetDict`; in a directory whose file
+            names tell several splits, the files of this one.
+        on_bad_record: `skip` keeps the error's message in the report and reads on.
+
+    Returns:
+        The groups, in order of first appearance, and what became of every record.
+
+    Raises:
+        DataError: Nothing at a path, an unreadable or empty file, a bad record (file, row, field),
+            or no preference at all. Rows count from 1: lines in JSON Lines, else records.
+    """
+    report = ReadReport()
+    ignored: set[str] = set()
+    merger = _Merger(report)
+    names = [paths] if isinstance(paths, str) else list(paths)
+    sources = [
+        source for name in names for source in open_sources(name, split, report.ignored_files)
+    ]
+    for name, rows in sources:
+        before = report.records
+        for row, value in rows:
+            report.records += 1
+            try:
+                merger.add(_parse(value, ignored), f"{name}:{row}")
+            except DataError as error:
+                message = f"{name}, row {row}: {error}"
+                if on_bad_record == "error":
+                    raise DataError(message) from None
+                report.bad.append(message)
+        if report.records == before:
+            raise DataError(f"{name}: no records in it; {_ACCEPTED}.")
+    groups = merger.finish()
+    report.ignored_columns = sorted(ignored)
+    if not groups:
+        first = f" First bad record: {report.bad[0]}" if report.bad else ""
+        raise DataError(f"{', '.join(names)}: no preference to learn from ({report}).{first}")
+    return groups, report
+
+
+def data_fingerprint(groups: Sequence[Group]) -> str:
+    """SHA-256 (hex) of the groups' content and order; file names do not enter it."""
+    digest = hashlib.sha256()
+    for group in groups:
+        preferences = [[p.chosen, p.rejected, p.margin, p.label] for p in group.preferences]
+        content = [group.prompt, group.responses, preferences, group.finished, group.subset]
+        digest.update(json.dumps(content, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+# Records → groups
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A record of any format. Pairs are (better, worse) indices into responses."""
+
+    prompt: Text
+    responses: list[Text]
+    finished: list[bool]
+    pairs: list[tuple[int, int]]
+    ties: int
+    margin: float
+    label: float
+    subset: str
+
+
+class _Merger:
+    """Collects records into groups and counts what it merges and drops."""
+
+    def __init__(self, report: ReadReport) -> None:
+        self._report = report
+        self._groups: dict[Hashable, tuple[Group, dict[Hashable, int]]] = {}
+
+    def add(self, record: _Record, source: str) -> None:
+        # Without a prompt there is no telling that two records answer the same one.
+        key = (record.subset, _frozen(record.prompt)) if record.prompt else source
+        if key in self._groups:
+            self._report.merged += 1
+        else:
+            self._groups[key] = Group(record.prompt, [], [], [], record.subset, source), {}
+        group, places = self._groups[key]
+
+        keys = [(_frozen(r), f) for r, f in zip(record.responses, record.finished, strict=True)]
+        pairs = [(better, worse) for better, worse in record.pairs if keys[better] != keys[worse]]
+        self._report.ties += record.ties + len(record.pairs) - len(pairs)
+        for i in sorted({i for pair in pairs for i in pair}):
+            if keys[i] not in places:
+                places[keys[i]] = len(group.responses)
+                group.responses.append(record.responses[i])
+                group.finished.append(record.finished[i])
+        group.preferences.extend(
+            Preference(places[keys[better]], places[keys[worse]], record.margin, record.label)
+            for better, worse in pairs
+        )
+
+    def finish(self) -> list[Group]:
+        """The groups that have a preference; completes the report."""
+        groups = [group for group, _ in self._groups.values() if group.preferences]
+        self._report.groups = len(groups)
+        self._report.pairs = sum(len(group.preferences) for group in groups)
+        self._report.dropped = len(self._groups) - len(groups)
+        return groups
+
+
+def _frozen(text: Text) -> Hashable:
+    return text if isinstance(text, str) else tuple((m["role"], m["content"]) for m in text)
+
+
+# One record
+
+
+def _parse(value: Any, ignored: set[str]) -> _Record:
+    """The record in `value`, or a DataError that names the field. Adds to `ignored`."""
+    if isinstance(value, DataError):
+        raise value
+    if not isinstance(value, dict):
+        raise DataError(f"the record is {_kind(value)}, not an object; {_ACCEPTED}.")
+    # In mixed files `datasets` fills the columns that a record lacks with None.
+    record = {column: entry for column, entry in value.items() if entry is not None}
+    _refuse(record, _CONTEXT_COLUMNS + _MEDIA_COLUMNS, "put it into the prompt as text")
+    ignored.update(record.keys() - _COLUMNS)
+
+    judged = record.keys() & _JUDGED_COLUMNS
+    if judged == {"chosen", "rejected"}:
+        named, finished, pairs, ties = _pair(record)
+    elif judged in ({"responses", "ranks"}, {"responses", "scores"}):
+        named, finished, pairs, ties = _ranking(record)
+    else:
+        found = ", ".join(record) or "none"
+        raise DataError(f"the columns tell no format (found: {found}); {_ACCEPTED}.")
+
+    prompt, responses = _prompt_and_responses(record.get("prompt"), named, ignored)
+    if prompt == "":
+        _refuse(record, _PROMPT_ALIASES, "if it is the prompt, rename the column to prompt")
+    subset = record.get("subset", "")
+    if not isinstance(subset, str):
+        raise DataError(f"`subset` is {_kind(subset)}; must be text.")
+    return _Record(
+        prompt=prompt,
+        responses=responses,
+        finished=finished,
+        pairs=pairs,
+        ties=ties,
+        margin=_number("margin", record.get("margin", 0.0)),
+        label=_number("label", record.get("label", 1.0), low=0.0, high=1.0),
+        subset=subset,
+    )
+
+
+_Judged = tuple[list[tuple[str, Any]], list[bool], list[tuple[int, int]], int]
+"""Responses with the field each came from, finished, (better, worse) pairs, ties."""
+
+
+def _pair(record: dict[str, Any]) -> _Judged:
+    if "finished" in record:
+        raise DataError("`finished` goes with responses; use chosen_finished, rejected_finished.")
+    rejected = record["rejected"]
+    named = [("chosen", record["chosen"])]
+    chosen_finished = _flags("chosen_finished", [record.get("chosen_finished", True)], 1)
+    if isinstance(rejected, list) and rejected and not isinstance(rejected[0], dict):
+        named += [(f"rejected[{i}]", response) for i, response in enumerate(rejected)]
+        flags = record.get("rejected_finished", [True] * len(rejected))
+    else:
+        named.append(("rejected", rejected))
+        flags = [record.get("rejected_finished", True)]
+    finished = chosen_finished + _flags("rejected_finished", flags, len(named) - 1)
+    return named, finished, [(0, i) for i in range(1, len(named))], 0
+
+
+def _ranking(record: dict[str, Any]) -> _Judged:
+    if misplaced := sorted(record.keys() & _PAIR_FLAGS):
+        raise DataError(f"`{misplaced[0]}` goes with chosen and rejected; use finished.")
+    responses = record["responses"]
+    if not isinstance(responses, list) or len(responses) < 2:
+        raise DataError("`responses` must be a list of at least two responses.")
+    column, sign = ("ranks", -1.0) if "ranks" in record else ("scores", 1.0)
+    values = record[column]
+    if not isinstance(values, list) or len(values) != len(responses):
+        raise DataError(f"`{column}` must be a list of {len(responses)} numbers, as `responses`.")
+    quality = [sign * _number(f"{column}[{i}]", value) for i, value in enumerate(values)]
+    pairs = [
+        (i, j) if quality[i] > quality[j] else (j, i)
+        for i, j in combinations(range(len(quality)), 2)
+        if quality[i] != quality[j]
+    ]
+    ties = math.comb(len(quality), 2) - len(pairs)
+    finished = record.get("finished", [True] * len(responses))
+    named = [(f"responses[{i}]", response) for i, response in enumerate(responses)]
+    return named, _flags("finished", finished, len(responses)), pairs, ties
+
+
+def _prompt_and_responses(
+    raw_prompt: Any, named: list[tuple[str, Any]], ignored: set[str]
+) -> tuple[Text, list[Text]]:
+    """Check, clean and, where the prompt is implicit, separate. `named` is (field, response)."""
+    texts = {name: _text(name, raw, ignored) for name, raw in named}
+    prompt = None if raw_prompt is None else _text("prompt", raw_prompt, ignored)
+    if prompt is None and any(
+        isinstance(t, str) and t.startswith(_FLAT_START) for t in texts.values()
+    ):
+        texts = {name: _flat_turns(name, text) for name, text in texts.items()}
+
+    everything = texts if prompt is None else {"prompt": prompt, **texts}
+    (first, example), *others = everything.items()
+    for name, text in others:
+        if isinstance(text, str) != isinstance(example, str):
+            raise DataError(
+                f"`{first}` is {_kind(example)} but `{name}` is {_kind(text)}; a record is all "
+                'text or all messages ([{"role": "assistant", "content": …}]).'
+            )
+    for name, text in texts.items():
+        _check_response(name, text, prompt)
+
+    conversations = [text for text in texts.values() if isinstance(text, list)]
+    if prompt is None and conversations:
+        n = _shared_messages(conversations)
+        return conversations[0][:n], [messages[n:] for messages in conversations]
+    return prompt if prompt is not None else "", list(texts.values())
+
+
+def _check_response(name: str, text: Text, prompt: Text | None) -> None:
+    last = text if isinstance(text, str) else text[-1]["content"] if text else ""
+    if not last.strip():
+        raise DataError(f"`{name}` is empty; a response has something to score.")
+    if isinstance(text, list):
+        if text[-1]["role"] != "assistant":
+            role = text[-1]["role"]
+            raise DataError(f"`{name}` ends in a {role!r} message; must end in an assistant's.")
+        if prompt and text[: len(prompt)] == prompt:
+            raise DataError(f"`{name}` repeats `prompt`; leave it out of one of them.")
+
+
+def _shared_messages(conversations: list[list[Message]]) -> int:
+    """Number of leading messages that all share, leaving each at least its last."""
+    shortest = min(map(len, conversations)) - 1
+    first = conversations[0]
+    return next(
+        (i for i in range(shortest) if any(c[i] != first[i] for c in conversations)), shortest
+    )
+
+
+def _flat_turns(name: str, text: Text) -> list[Message]:
+    """hh-rlhf's flat text as messages, their contents stripped."""
+    before, *turns = _FLAT_TURN.split(text) if isinstance(text, str) else [""]
+    if before or not turns or turns[-2] != "Assistant":
+        raise DataError(
+            f'`{name}` must begin with "\\n\\nHuman:" and end in an "\\n\\nAssistant:" turn, '
+            "as another response of the record begins so."
+        )
+    return [
+        {"role": _FLAT_ROLES[speaker], "content": content.strip()}
+        for speaker, content in zip(turns[::2], turns[1::2], strict=True)
+    ]
+
+
+# One field
+
+
+def _text(name: str, raw: Any, ignored: set[str]) -> Text:
+    if isinstance(raw, str):
+        return _unicode(name, raw)
+    if isinstance(raw, list):
+        return [_message(f"{name}[{i}]", message, ignored) for i, message in enumerate(raw)]
+    raise DataError(f"`{name}` is {_kind(raw)}; must be text or a list of messages.")
+
+
+def _message(name: str, raw: Any, ignored: set[str]) -> Message:
+    if not isinstance(raw, dict):
+        raise DataError(f'`{name}` is {_kind(raw)}; a message is {{"role": …, "content": …}}.')
+    if len(raw) > 2:
+        _refuse(raw, _CALL_KEYS + _THOUGHT_KEYS, f"put it into `{name}.content` as text")
+        present = {key for key, entry in raw.items() if entry is not None}
+        ignored.update(f"message.{key}" for key in present - {"role", "content"})
+    role, content = raw.get("role"), raw.get("content")
+    if not isinstance(role, str) or not role:
+        raise DataError(f"`{name}.role` is {_kind(role)}; must be text such as user or assistant.")
+    if not isinstance(content, str):
+        raise DataError(f"`{name}.content` is {_kind(content)}; must be text.")
+    return {"role": role, "content": _unicode(f"{name}.content", content)}
+
+
+def _unicode(name: str, text: str) -> str:
+    # JSON can hold half an emoji ("\ud83d"), which no tokenizer takes.
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"`{name}` has a lone surrogate at character {error.start}.") from None
+    return text
+
+
+def _number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
+        allowed = "a finite number" if math.isinf(low) else f"a number from {low:g} to {high:g}"
+        raise DataError(f"`{name}` is {value!r}; must be {allowed}.")
+    return float(value)
+
+
+def _flags(name: str, values: Any, count: int) -> list[bool]:
+    if (
+        not isinstance(values, list)
+        or len(values) != count
+        or not all(isinstance(value, bool) for value in values)
+    ):
+        raise DataError(f"`{name}` must be true or false for each of the {count} response(s).")
+    return values
+
+
+def _refuse(record: dict[str, Any], columns: tuple[str, ...], advice: str) -> None:
+    for column in columns:
+        if record.get(column):
+            raise DataError(f"`{column}` would be lost; {advice}.")
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "missing"
+    names = {str: "text", list: "a list", dict: "an object", bool: "true/false", int: "a number"}
+    return names.get(type(value), f"of type {type(value).__name__}")

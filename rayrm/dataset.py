@@ -1,0 +1,208 @@
+"""Preferences as ids: a table of groups on disk, encoded once, and the order they are trained in.
+
+Text becomes ids up front, cached as Arrow under the user's cache by content, and is read from there
+by every rank. Knows nothing of models or ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, load_from_disk
+from datasets.utils.logging import disable_progress_bar
+from numpy.typing import NDArray
+
+from rayrm.data import Group, data_fingerprint
+from rayrm.errors import DataError, EmptyResponse, RowError, RowTooLong
+from rayrm.packing import Ids, TokenGroup
+from rayrm.template import Overlong, Row, Template
+
+
+@dataclass(frozen=True)
+class PreferenceGroup:
+    """A group of ids and its N preferred pairs: chosen, rejected [N] index its responses."""
+
+    tokens: TokenGroup
+    chosen: NDArray[np.int64]
+    rejected: NDArray[np.int64]
+    margin: NDArray[np.float32]
+    label: NDArray[np.float32]
+    subset: str
+    source: str
+
+    @property
+    def pairs(self) -> int:
+        return len(self.chosen)
+
+
+@dataclass
+class EncodeReport:
+    """What encoding did to the data; everything that is not trained on is counted here."""
+
+    groups: int = 0
+    pairs: int = 0
+    truncated_groups: int = 0
+    overlong_responses: int = 0
+    empty_responses: int = 0
+    dropped_pairs: int = 0
+    identical_pairs: int = 0
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in asdict(self).items() if v)
+        return f"encoded {counts}"
+
+
+@dataclass(frozen=True)
+class PreferenceData:
+    """Groups on disk, read one by one; fingerprint names the text they came from."""
+
+    table: Dataset
+    report: EncodeReport
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> PreferenceGroup:
+        row = self.table[index]
+        return PreferenceGroup(
+            TokenGroup(_ids(row["prefix"]), tuple(map(_ids, row["suffixes"]))),
+            np.array(row["chosen"], dtype=np.int64),
+            np.array(row["rejected"], dtype=np.int64),
+            np.array(row["margin"], dtype=np.float32),
+            np.array(row["label"], dtype=np.float32),
+            row["subset"],
+            row["source"],
+        )
+
+
+def encode_groups(
+    groups: Sequence[Group], template: Template, overlong: Overlong
+) -> PreferenceData:
+    """Encode groups, or read them from the cache if the same ones were encoded before.
+
+    "truncate" cuts a group's prompt from the left so that its longest row fits max_length, the same
+    for all of its responses; "error" leaves over-long responses out, and counts them. Raises DataError where a row
+    cannot be encoded at all, or nothing is left.
+    """
+    made_from = data_fingerprint(groups)
+    key = json.dumps([made_from, asdict(template.spec), template.tokenizer.chat_template, overlong])
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rayrm" / "encoded"
+    directory = cache / hashlib.sha256(key.encode()).hexdigest()[:32]
+    if not directory.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        report = EncodeReport()
+        rows = list(_encode(groups, template, overlong, report))
+        if not rows:
+            raise DataError(f"no pair is left to train on: {report}")
+        disable_progress_bar()
+        partial = Path(tempfile.mkdtemp(dir=cache))
+        Dataset.from_list(rows).save_to_disk(partial)
+        (partial / "report.json").write_text(json.dumps(asdict(report)))
+        try:
+            partial.rename(directory)
+        except OSError:  # another rank was first
+            shutil.rmtree(partial)
+    report = EncodeReport(**json.loads((directory / "report.json").read_text()))
+    return PreferenceData(load_from_disk(str(directory)), report, made_from)
+
+
+def _encode(
+    groups: Sequence[Group], template: Template, overlong: Overlong, report: EncodeReport
+) -> Iterator[dict[str, Any]]:
+    rows = [
+        [Row(g.prompt, r, f) for r, f in zip(g.responses, g.finished, strict=True)] for g in groups
+    ]
+    encoded = iter(template.encode([row for group in rows for row in group]))
+    for group, group_rows in zip(groups, rows, strict=True):
+        ids = _fit_group(
+            [next(encoded) for _ in group_rows], group, group_rows, template, overlong, report
+        )
+        pairs = [p for p in group.preferences if p.chosen in ids and p.rejected in ids]
+        report.dropped_pairs += len(group.preferences) - len(pairs)
+        differ = [p for p in pairs if not np.array_equal(ids[p.chosen], ids[p.rejected])]
+        report.identical_pairs += len(pairs) - len(differ)
+        if not differ:
+            continue
+        kept = sorted({i for p in differ for i in (p.chosen, p.rejected)})
+        tokens = TokenGroup.from_rows([ids[i] for i in kept])
+        report.groups += 1
+        report.pairs += len(differ)
+        yield {
+            "prefix": tokens.prefix,
+            "suffixes": list(tokens.suffixes),
+            "chosen": [kept.index(p.chosen) for p in differ],
+            "rejected": [kept.index(p.rejected) for p in differ],
+            "margin": [p.margin for p in differ],
+            "label": [p.label for p in differ],
+            "subset": group.subset,
+            "source": group.source,
+        }
+
+
+def _fit_group(
+    encoded: Sequence[Ids | RowError],
+    group: Group,
+    rows: Sequence[Row],
+    template: Template,
+    overlong: Overlong,
+    report: EncodeReport,
+) -> dict[int, Ids]:
+    """Rows by response index that fit max_length, after the group's one cut of its prompt."""
+    ids: dict[int, Ids] = {}
+    for i, result in enumerate(encoded):
+        if isinstance(result, EmptyResponse):
+            report.empty_responses += 1
+        elif isinstance(result, RowError):
+            raise DataError(f"{group.source}: response {i + 1}: {result}")
+        elif isinstance(template.fit(rows[i], result, overlong)[0], RowTooLong):
+            report.overlong_responses += 1
+        else:
+            ids[i] = result
+    excess = max((len(x) for x in ids.values()), default=0) - template.spec.max_length
+    if excess > 0:
+        report.truncated_groups += 1
+        return {i: x[excess:] for i, x in ids.items()}
+    return ids
+
+
+def _ids(values: list[int]) -> Ids:
+    return np.array(values, dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which groups make up which optimizer step: a function of seed, epoch and data alone."""
+
+    groups: int
+    groups_per_step: int
+    epochs: float
+    seed: int
+    fingerprint: str
+    _orders: dict[int, NDArray[np.int64]] = field(default_factory=dict, compare=False)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.groups / self.groups_per_step)
+
+    @property
+    def steps(self) -> int:
+        return max(1, round(self.epochs * self.steps_per_epoch))
+
+    def __getitem__(self, step: int) -> list[int]:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch not in self._orders:
+            rng = np.random.default_rng([self.seed, epoch, int(self.fingerprint[:16], 16)])
+            self._orders[epoch] = rng.permutation(self.groups)
+        start = place * self.groups_per_step
+        return [int(i) for i in self._orders[epoch][start : start + self.groups_per_step]]

@@ -1,0 +1,236 @@
+"""RewardModel: score prompts and responses in one process.
+
+Rows become ids, rows with one prompt become groups, groups become packs, packs become rewards.
+Knows nothing of Ray; a replica of the service holds one of these.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rayrm.data import Text
+from rayrm.errors import ConfigError, InvalidTokenIds, NonFiniteReward, RowError
+from rayrm.export import read_export
+from rayrm.model import DTYPES, RewardNet, check_max_length, load_weights
+from rayrm.packing import Ids, Pack, TokenGroup, plan_packs, split_group
+from rayrm.template import Overlong, Row, Template, Tokens, fingerprint, is_ids, prompt_key
+
+Texts = Sequence[Text | Tokens]
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Rewards of N rows, in the order they were given.
+
+    values: float32 [N], raw, NaN where a row failed. errors: [N], None or that row's RowError.
+    truncated, unfinished: bool [N], prompt cut from the left, response without its end.
+    versions: [N], the model that scored the row.
+    """
+
+    values: NDArray[np.float32]
+    errors: list[RowError | None]
+    truncated: NDArray[np.bool_]
+    unfinished: NDArray[np.bool_]
+    versions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """N rows as ids, gathered into groups.
+
+    owners[g][i] is the row that the i-th response of group g came from; a row with an error is in
+    no group.
+    """
+
+    groups: list[TokenGroup]
+    owners: list[list[int]]
+    errors: list[RowError | None]
+    truncated: NDArray[np.bool_]
+    unfinished: NDArray[np.bool_]
+
+
+class RewardModel:
+    """A reward model, loaded to score; version names its weights and how rows are built."""
+
+    def __init__(
+        self,
+        net: RewardNet,
+        template: Template,
+        *,
+        version: str = "",
+        overlong: Overlong = "error",
+        tokens_per_pack: int = 8192,
+    ) -> None:
+        self.net = net.eval()
+        self.template = template
+        self.version = version
+        self.overlong: Overlong = overlong
+        self.tokens_per_pack = tokens_per_pack
+        self.forwards = 0
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        *,
+        max_length: int | None = None,
+        overlong: Overlong = "error",
+        tokens_per_pack: int = 8192,
+    ) -> RewardModel:
+        """Load an export. auto: a GPU where there is one; the dtype it was exported in.
+
+        max_length is the training's unless given. Raises ExportError where the directory is
+        missing, of a newer format, pickled, or not what was recorded; ConfigError for a dtype or
+        max_length that cannot be.
+        """
+        if dtype not in ("auto", *DTYPES):
+            raise ConfigError(f"dtype {dtype!r}: must be auto, {' or '.join(DTYPES)}")
+        directory, export = read_export(path)
+        spec = replace(export.template, max_length=max_length or export.template.max_length)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        kind = DTYPES[export.dtype if dtype == "auto" else dtype]
+        model = load_weights(directory, kind, torch.device(device))
+        check_max_length(spec.max_length, model.config)
+        template = Template(AutoTokenizer.from_pretrained(directory), spec)
+        return cls(
+            RewardNet(model),
+            template,
+            version=export.version,
+            overlong=overlong,
+            tokens_per_pack=tokens_per_pack,
+        )
+
+    def score(
+        self,
+        prompts: Texts,
+        responses: Texts,
+        *,
+        finished: Sequence[bool] | None = None,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+    ) -> Rewards:
+        """Rewards of N responses, each to the prompt at its place; equal prompts are computed once.
+
+        A row is text, messages, or token ids, which are scored exactly as given. finished: False
+        where the sampler cut the response off. tokenizer: what made the ids, or its fingerprint;
+        another tokenizer's ids are errors. A bad row gets its RowError and NaN, the others are
+        scored. Raises ValueError where the lists differ in length.
+        """
+        rows = make_rows(prompts, responses, finished)
+        warn_unnamed_ids(rows, tokenizer)
+        encoded = self.encode(rows, tokenizer)
+        return self.collect(encoded, self.score_groups(encoded.groups))
+
+    def encode(
+        self, rows: Sequence[Row], tokenizer: str | PreTrainedTokenizerBase | None = None
+    ) -> Encoded:
+        """Rows → groups of ids; touches no weights."""
+        errors: list[RowError | None] = [None] * len(rows)
+        truncated = np.zeros(len(rows), dtype=bool)
+        families: dict[object, list[int]] = {}
+        ids: dict[int, Ids] = {}
+        mismatch = self._mismatch(tokenizer)
+        for i, (row, result) in enumerate(zip(rows, self.template.encode(rows), strict=True)):
+            if mismatch is not None and is_ids(row.response):
+                result = mismatch
+            if not isinstance(result, RowError):
+                result, truncated[i] = self.template.fit(row, result, self.overlong)
+            if isinstance(result, RowError):
+                errors[i] = result
+                continue
+            ids[i] = result
+            # A cut row starts elsewhere: beside uncut ones it would leave them nothing to share.
+            families.setdefault((prompt_key(row.prompt), bool(truncated[i])), []).append(i)
+        owners = list(families.values())
+        return Encoded(
+            [TokenGroup.from_rows([ids[i] for i in family]) for family in owners],
+            owners,
+            errors,
+            truncated,
+            np.array([not row.finished for row in rows], dtype=bool),
+        )
+
+    @torch.inference_mode()
+    def score_groups(self, groups: Sequence[TokenGroup]) -> list[NDArray[np.float32]]:
+        """Rewards of every group's responses, float32 [responses] each."""
+        budget = self.tokens_per_pack
+        parts = [(g, r) for g, group in enumerate(groups) for r in split_group(group, budget)]
+        pieces = [
+            TokenGroup(groups[g].prefix, groups[g].suffixes[r.start : r.stop]) for g, r in parts
+        ]
+        values = [np.empty(len(group.suffixes), dtype=np.float32) for group in groups]
+        for plan in plan_packs([piece.tokens for piece in pieces], budget):
+            rewards = self.net.score_pack(Pack.from_groups([pieces[p] for p in plan])).cpu().numpy()
+            self.forwards += 1
+            for p in plan:
+                (g, r), count = parts[p], len(pieces[p].suffixes)
+                values[g][r.start : r.stop], rewards = rewards[:count], rewards[count:]
+        return values
+
+    def collect(self, encoded: Encoded, values: Sequence[NDArray[np.float32]]) -> Rewards:
+        """Groups' rewards back at their rows' places."""
+        rewards = np.full(len(encoded.errors), np.nan, dtype=np.float32)
+        for owners, group_values in zip(encoded.owners, values, strict=True):
+            rewards[owners] = group_values
+        errors = list(encoded.errors)
+        for i in np.flatnonzero(~np.isfinite(rewards)):
+            errors[i] = errors[i] or NonFiniteReward(f"the model gave {rewards[i]} for this row")
+            rewards[i] = np.nan
+        return Rewards(
+            rewards,
+            errors,
+            encoded.truncated,
+            encoded.unfinished,
+            [self.version] * len(errors),
+        )
+
+    def _mismatch(self, tokenizer: str | PreTrainedTokenizerBase | None) -> InvalidTokenIds | None:
+        if tokenizer is None:
+            return None
+        made_by = tokenizer if isinstance(tokenizer, str) else fingerprint(tokenizer)
+        expected = self.template.spec.fingerprint
+        if made_by == expected:
+            return None
+        return InvalidTokenIds(
+            f"the ids' tokenizer has fingerprint {made_by[:12]}…, the reward model's is "
+            f"{expected[:12]}…: decode them and send text"
+        )
+
+
+def make_rows(
+    prompts: Texts, responses: Texts, finished: Sequence[bool] | None = None
+) -> list[Row]:
+    """Rows of N prompts and N responses; ValueError where the lengths differ."""
+    finished = [True] * len(responses) if finished is None else finished
+    if isinstance(prompts, str) or isinstance(responses, str):
+        raise ValueError("prompts and responses are lists, one response for each prompt")
+    if not len(prompts) == len(responses) == len(finished):
+        raise ValueError(
+            f"{len(prompts)} prompts, {len(responses)} responses, {len(finished)} finished: "
+            "give one of each per row"
+        )
+    return [Row(*row) for row in zip(prompts, responses, map(bool, finished), strict=True)]
+
+
+def warn_unnamed_ids(rows: Sequence[Row], tokenizer: object) -> None:
+    """Warn the caller of score about token ids whose tokenizer nobody named."""
+    if tokenizer is None and any(is_ids(row.response) for row in rows):
+        warnings.warn(
+            "token ids came without their tokenizer: pass tokenizer=, another one's ids would get "
+            "plausible but wrong rewards",
+            stacklevel=3,
+        )

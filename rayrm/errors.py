@@ -1,0 +1,72 @@
+"""The error tree. Every error that a user can cause is here; each pickles, so it crosses Ray whole.
+
+    RayrmError
+    ├── ConfigError          a config key or value, before any model loads
+    ├── DataError            a preference record: file, row and field
+    ├── ModelError           a base model that is missing or that cannot be scored exactly
+    ├── ExportError          an export that is missing, too new, pickled, or not what was recorded
+    ├── TrainingError        a run that cannot go on: NaN, a name used for another config
+    ├── ServiceError         the reward service as a whole: no such application, gave up retrying
+    └── RowError             one row of a scoring call; the other rows are scored
+        ├── EmptyResponse
+        ├── RowTooLong
+        ├── InvalidRow       not text, messages or ids; a template that refuses the messages
+        ├── InvalidTokenIds  out of range, or made by another tokenizer
+        └── NonFiniteReward
+
+Knows nothing of the rest of the package. Messages say what, where and what would be right.
+"""
+
+from __future__ import annotations
+
+
+class RayrmError(Exception):
+    """Base of all errors that rayrm raises for its users. Takes one argument: the message."""
+
+
+class ConfigError(RayrmError, ValueError):
+    """A config key or value is wrong."""
+
+
+class DataError(RayrmError, ValueError):
+    """A preference record is wrong, or its file is missing."""
+
+
+class ModelError(RayrmError, ValueError):
+    """A base model is missing, or its rewards could not be computed exactly."""
+
+
+class ExportError(RayrmError, ValueError):
+    """An export is missing, of a newer format, pickled, or differs from its recorded hash."""
+
+
+class TrainingError(RayrmError, RuntimeError):
+    """A training run cannot go on."""
+
+
+class ServiceError(RayrmError, RuntimeError):
+    """The reward service cannot answer."""
+
+
+class RowError(RayrmError, ValueError):
+    """One row cannot be scored; carried in the result beside the other rows' rewards."""
+
+
+class EmptyResponse(RowError):
+    """The response has no tokens to pool."""
+
+
+class RowTooLong(RowError):
+    """Prompt and response exceed the longest row that the model scores."""
+
+
+class InvalidRow(RowError):
+    """The row is not text, messages or token ids, or the chat template refuses it."""
+
+
+class InvalidTokenIds(RowError):
+    """Token ids are out of range, or come from another tokenizer."""
+
+
+class NonFiniteReward(RowError):
+    """The model gave NaN or infinity."""

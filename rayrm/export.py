@@ -1,0 +1,186 @@
+"""The export: a Hugging Face sequence-classification directory and one rayrm.json beside it.
+
+The only thing that passes from training to serving. rayrm.json says how rows are built, what the
+weights hash to, how the model was evaluated and where it came from; it is written last, so a
+directory that has one is whole. Knows nothing of how a model is trained or run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from pyarrow import fs
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from rayrm.errors import ExportError
+from rayrm.template import TemplateSpec
+
+FORMAT_VERSION = 1
+RECORD = "rayrm.json"
+
+
+class Export(BaseModel):
+    """The contents of rayrm.json.
+
+    reward_mean and reward_std are over the held-out responses (None without held-out data);
+    evaluation is summarize's dict; history holds the figures of every optimizer step; provenance
+    names base model, data fingerprint, config and versions.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: int = FORMAT_VERSION
+    name: str
+    dtype: Literal["bfloat16", "float32"]
+    template: TemplateSpec
+    weights_sha256: str
+    reward_mean: float | None = None
+    reward_std: float | None = None
+    evaluation: dict[str, Any] = {}
+    history: list[dict[str, Any]] = []
+    provenance: dict[str, Any] = {}
+
+    @property
+    def version(self) -> str:
+        """Name and content hash: equal exactly if the same rows get the same rewards."""
+        content = self.weights_sha256 + self.dtype + json.dumps(self.template.__dict__)
+        return f"{self.name}@{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+    def write(self, directory: Path) -> None:
+        partial = directory / f".{RECORD}"
+        partial.write_text(self.model_dump_json(indent=2) + "\n")
+        os.replace(partial, directory / RECORD)
+
+
+def read_export(path: str | Path) -> tuple[Path, Export]:
+    """An export's local directory (a remote one is fetched) and its record, hash checked.
+
+    Raises ExportError.
+    """
+    directory = _fetch(str(path)) if "://" in str(path) else Path(path)
+    record = directory / RECORD
+    if not record.exists():
+        raise ExportError(f"no export at {directory.resolve()}: looked for {RECORD} in it")
+    export = _parse(record)
+    pickled = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
+    if pickled:
+        raise ExportError(
+            f"{directory} holds pickled weights ({', '.join(pickled)}), which can run code when "
+            "they are loaded: only safetensors are read"
+        )
+    found = hash_weights(directory)
+    if found != export.weights_sha256:
+        raise ExportError(
+            f"the weights in {directory} are not the ones {RECORD} records: sha256 {found[:12]}…, "
+            f"recorded {export.weights_sha256[:12]}…"
+        )
+    return directory, export
+
+
+def _parse(record: Path) -> Export:
+    try:
+        values = json.loads(record.read_text())
+        if values["format_version"] > FORMAT_VERSION:
+            raise ExportError(
+                f"{record} has format version {values['format_version']}; this rayrm reads up to "
+                f"{FORMAT_VERSION}: install a newer rayrm"
+            )
+        return Export(**values)
+    except (json.JSONDecodeError, KeyError, TypeError, ValidationError) as error:
+        raise ExportError(f"{record} is damaged: {error}") from None
+
+
+def hash_weights(directory: Path) -> str:
+    """sha256 over the safetensors files, in the order of their names."""
+    digest = hashlib.sha256()
+    for file in sorted(directory.glob("*.safetensors")):
+        with file.open("rb") as weights:
+            digest.update(hashlib.file_digest(weights, "sha256").digest())
+    return digest.hexdigest()
+
+
+def write_model_card(directory: Path, export: Export) -> None:
+    """README.md with the front matter that the Hugging Face hub reads."""
+    evaluation, provenance = export.evaluation, export.provenance
+    accuracy = evaluation.get("accuracy")
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-classification",
+        "tags: [reward-model, rayrm]",
+        f"base_model: {provenance['base_model']}",
+        "---",
+        f"# {export.name}",
+        "",
+        "A reward model: one scalar for a prompt and a response, higher is better.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| version | `{export.version}` |",
+        f"| base model | {provenance['base_model']} |",
+        f"| rows | {export.template.format}, up to {export.template.max_length} tokens |",
+        f"| backbone | {export.dtype}, head float32 |",
+        f"| training data | {provenance['data']} (`{provenance['data_fingerprint'][:12]}`) |",
+    ]
+    if accuracy is not None:
+        lines += [
+            f"| held-out accuracy | {accuracy:.3f} on {evaluation['pairs']} pairs |",
+            f"| held-out rewards | mean {export.reward_mean:.3f}, std {export.reward_std:.3f} |",
+        ]
+    use = f"""
+```python
+from rayrm import RewardModel
+
+rewards = RewardModel.load("path/to/this/directory").score([prompt], [response])
+```
+
+`{RECORD}` holds the full evaluation, the training curve and the config. transformers loads the
+directory as `AutoModelForSequenceClassification`; pass `dtype="float32"` to keep the head in fp32.
+"""
+    (directory / "README.md").write_text("\n".join(lines) + "\n" + use)
+
+
+def _fetch(uri: str) -> Path:
+    """Copy a remote export into the user's cache, once per content."""
+    remote, path = fs.FileSystem.from_uri(uri)
+    if remote.get_file_info(f"{path}/{RECORD}").type == fs.FileType.NotFound:
+        raise ExportError(f"no export at {uri}: looked for {RECORD} in it")
+    with remote.open_input_file(f"{path}/{RECORD}") as record:
+        content = hashlib.sha256(record.read()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rayrm" / "exports"
+    if not (cache / content).exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=cache))
+        fs.copy_files(path, str(partial), source_filesystem=remote)
+        _rename(partial, cache / content)
+    return cache / content
+
+
+def publish(directory: Path, target: str) -> None:
+    """Move a finished export to its place: by one rename, or remotely with rayrm.json last."""
+    if "://" not in target:
+        staged = Path(target).with_name(f".{Path(target).name}.{os.getpid()}")
+        shutil.move(directory, staged)
+        _rename(staged, Path(target))
+        return
+    remote, path = fs.FileSystem.from_uri(target)
+    record = (directory / RECORD).read_bytes()
+    (directory / RECORD).unlink()
+    fs.copy_files(str(directory), path, destination_filesystem=remote)
+    with remote.open_output_stream(f"{path}/{RECORD}") as out:
+        out.write(record)
+
+
+def _rename(source: Path, target: Path) -> None:
+    try:
+        source.rename(target)
+    except OSError:
+        if not (target / RECORD).exists():
+            raise
+        shutil.rmtree(source)  # another process published the same export first

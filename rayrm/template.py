@@ -1,0 +1,314 @@
+"""Text → token ids, one way for training, evaluation and serving.
+
+Chat format: the tokenizer's own template renders prompt and response, and the row ends with the
+end-of-turn token. Text format: prompt, separator, response, EOS. Also: which token pads, what a
+tokenizer's fingerprint is, and how an over-long row is cut. Knows nothing of groups or models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple, TypeGuard
+
+import numpy as np
+from jinja2 import TemplateError
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from rayrm.data import Message, Text
+from rayrm.errors import (
+    EmptyResponse,
+    InvalidRow,
+    InvalidTokenIds,
+    ModelError,
+    RowError,
+    RowTooLong,
+)
+from rayrm.packing import Ids
+
+Tokens = Sequence[int] | NDArray[np.integer]
+Overlong = Literal["error", "truncate"]
+
+
+class Row(NamedTuple):
+    """One prompt and one response, both text, both messages (or text), or both token ids.
+
+    An unfinished response was cut at the sampler's token limit: it is never closed with an end.
+    """
+
+    prompt: Text | Tokens
+    response: Text | Tokens
+    finished: bool = True
+
+
+@dataclass(frozen=True)
+class TemplateSpec:
+    """What must be the same in training and serving; stored in the export.
+
+    fingerprint is that of the tokenizer as its makers published it, before a pad token was added.
+    """
+
+    format: Literal["chat", "text"]
+    separator: str
+    max_length: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Template:
+    """Turns rows into ids by a spec and the tokenizer it was made for."""
+
+    tokenizer: PreTrainedTokenizerBase
+    spec: TemplateSpec
+
+    def encode(self, rows: Sequence[Row]) -> list[Ids | RowError]:
+        """Ids of each row at full length, int32 [tokens], or the error of that row."""
+        composed = [self._compose(row) for row in rows]
+        texts = [text for parts in composed if isinstance(parts, list) for text in parts]
+        ids = iter(self._tokenize(texts))
+        return [
+            self._join(row, [next(ids) for _ in parts]) if isinstance(parts, list) else parts
+            for row, parts in zip(rows, composed, strict=True)
+        ]
+
+    def fit(self, row: Row, ids: Ids, overlong: Overlong) -> tuple[Ids | RowError, bool]:
+        """The row's ids within max_length and whether its prompt was cut.
+
+        Only the prompt's left is ever cut; a response that alone is too long is an error.
+        """
+        excess = len(ids) - self.spec.max_length
+        if excess <= 0:
+            return ids, False
+        if overlong == "truncate" and excess < len(ids) - self.response_tokens(row):
+            return ids[excess:], True
+        return RowTooLong(
+            f"row has {len(ids)} tokens (response: {self.response_tokens(row)}), the limit is "
+            f"{self.spec.max_length}: shorten it, raise max_length, or ask for its prompt to be "
+            'cut with overlong="truncate" (a response is never cut)'
+        ), False
+
+    def response_tokens(self, row: Row) -> int:
+        """Tokens of the response with its end, as they stand at the end of the row."""
+        if isinstance(row.response, str):
+            return len(self._tokenize([row.response])[0]) + row.finished
+        if _is_messages(row.response):
+            return sum(len(x) + 1 for x in self._tokenize([m["content"] for m in row.response]))
+        return len(row.response)
+
+    # chat ------------------------------------------------------------------------------------
+
+    @cached_property
+    def closing(self) -> tuple[str, str]:
+        """What the chat template writes behind a response, and the part of it that is kept."""
+        mark = "RESPONSE"
+        rendered = self._render(
+            [{"role": "user", "content": "PROMPT"}, {"role": "assistant", "content": mark}]
+        )
+        closing = rendered[rendered.rindex(mark) + len(mark) :]
+        ends = [closing.rindex(t) + len(t) for t in self._special_tokens if t in closing]
+        if ends:
+            return closing, closing[: max(ends)]
+        return closing, closing.rstrip() + _eos(self.tokenizer)
+
+    @cached_property
+    def _special_tokens(self) -> list[str]:
+        added = self.tokenizer.added_tokens_decoder.values()
+        return sorted(
+            {t.content for t in added if t.special} | {*self.tokenizer.all_special_tokens}
+        )
+
+    def _render(self, messages: list[Message]) -> str:
+        rendered = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=False
+        )
+        assert isinstance(rendered, str)
+        return rendered
+
+    def _compose_chat(self, row: Row) -> list[str]:
+        prompt, response = row.prompt, row.response
+        if isinstance(prompt, str):
+            if not prompt:
+                raise InvalidRow(
+                    "the row has no prompt to put into the chat template: give one, or train with "
+                    "data.format: text"
+                )
+            prompt = [{"role": "user", "content": prompt}]
+        if isinstance(response, str):
+            response = [{"role": "assistant", "content": response}]
+        assert _is_messages(prompt) and _is_messages(response)
+        closing, kept = self.closing
+        *before, final = response
+        if final["role"] != "assistant":
+            raise InvalidRow(f"a response ends with an assistant message, got {final['role']!r}")
+        # A sampler that keeps special tokens hands over the end itself: it must not stand twice.
+        content = final["content"].removesuffix(kept)
+        if not content:
+            raise EmptyResponse("the response is empty: there is nothing to score")
+        try:
+            text = self._render([*prompt, *before, {**final, "content": content}])
+        except (TemplateError, ValueError, TypeError) as error:
+            raise InvalidRow(
+                f"the tokenizer's chat template refuses the messages: {error}"
+            ) from None
+        if not text.endswith(closing):
+            raise InvalidRow(
+                f"the chat template ends this conversation with {text[-20:]!r}, not {closing!r}"
+            )
+        return [text.removesuffix(closing) + (kept if row.finished else "")]
+
+    # text ------------------------------------------------------------------------------------
+
+    def _compose_text(self, row: Row) -> list[str]:
+        if not (isinstance(row.prompt, str) and isinstance(row.response, str)):
+            raise InvalidRow(
+                "messages need a chat template and this model has none: give text, or train with "
+                "data.chat_template"
+            )
+        response = row.response.removesuffix(_eos(self.tokenizer))
+        if not response:
+            raise EmptyResponse("the response is empty: there is nothing to score")
+        return [row.prompt, response]
+
+    def _join(self, row: Row, pieces: list[list[int]]) -> Ids:
+        if self.spec.format == "chat":
+            return np.array(pieces[0], dtype=np.int32)
+        prompt, response = pieces
+        bos = self.tokenizer.bos_token_id
+        head = [bos] if self._adds_bos and prompt[:1] != [bos] else []
+        separator = self._tokenize([self.spec.separator])[0] if row.prompt else []
+        end = [self.tokenizer.eos_token_id] if row.finished else []
+        return np.array([*head, *prompt, *separator, *response, *end], dtype=np.int32)
+
+    @cached_property
+    def _adds_bos(self) -> bool:
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.tokenizer("a")["input_ids"][0] == bos
+
+    # both ------------------------------------------------------------------------------------
+
+    def _compose(self, row: Row) -> list[str] | Ids | RowError:
+        """The texts to tokenise for a row, or its ids as given, or its error."""
+        try:
+            check_row(row)
+            if is_ids(row.response):
+                return self._check_ids(row)
+            return (
+                self._compose_chat(row) if self.spec.format == "chat" else self._compose_text(row)
+            )
+        except RowError as error:
+            return error
+
+    def _check_ids(self, row: Row) -> Ids:
+        prompt, response = (np.asarray(x) for x in (row.prompt, row.response))
+        if not len(response):
+            raise EmptyResponse("the response is empty: there is nothing to score")
+        ids = np.concatenate([prompt, response]) if len(prompt) else response
+        bad = ids[(ids < 0) | (ids >= len(self.tokenizer))]
+        if len(bad):
+            raise InvalidTokenIds(
+                f"token id {bad[0]} is outside the tokenizer's vocabulary of {len(self.tokenizer)}"
+            )
+        return ids.astype(np.int32)
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def check_row(row: Row) -> None:
+    """Raises InvalidRow unless prompt and response are both ids, or text and messages."""
+    kinds = {_kind(row.prompt), _kind(row.response)}
+    if "none" in kinds or ("ids" in kinds and len(kinds) > 1):
+        raise InvalidRow(
+            "prompt and response must both be text, messages "
+            '({"role": …, "content": …} with text content) or token ids; '
+            f"got {_describe(row.prompt)} and {_describe(row.response)}"
+        )
+
+
+def _kind(value: object) -> Literal["text", "messages", "ids", "none"]:
+    if _is_text(value):
+        return "text"
+    if isinstance(value, np.ndarray):
+        return "ids" if value.ndim == 1 and (value.dtype.kind in "iu" or not value.size) else "none"
+    if isinstance(value, list | tuple):
+        if all(isinstance(x, int | np.integer) and not isinstance(x, bool) for x in value):
+            return "ids"
+        if _is_messages(value):
+            return "messages"
+    return "none"
+
+
+def _is_messages(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(
+        isinstance(m, dict) and _is_text(m.get("role")) and _is_text(m.get("content"))
+        for m in value
+    )
+
+
+def _is_text(value: object) -> TypeGuard[str]:
+    """Whether it is a string without lone surrogates, which no tokenizer takes."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_ids(value: object) -> bool:
+    """Whether a prompt or response is token ids."""
+    return _kind(value) == "ids"
+
+
+def prompt_key(prompt: Text | Tokens) -> object:
+    """Equal for equal prompts: rows with one key belong to one group."""
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, np.ndarray) or is_ids(prompt):
+        return np.asarray(prompt, dtype=np.int32).tobytes()
+    return json.dumps(prompt)
+
+
+def _describe(value: object) -> str:
+    kind = _kind(value)
+    return kind if kind != "none" else f"{type(value).__name__} {str(value)[:40]!r}"
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase) -> str:
+    if not isinstance(tokenizer.eos_token, str):
+        raise ModelError("the tokenizer has no EOS token, so a finished response cannot be marked")
+    return tokenizer.eos_token
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What makes token ids mean the same: sha256 over the vocabulary, id by id."""
+    vocabulary = sorted((i, token) for token, i in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+def set_pad_token(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Give the tokenizer a pad token that never ends a row; True if it had to be added.
+
+    transformers pools the last id that is not pad, so pad = EOS pools one token early.
+    """
+    template = tokenizer.chat_template or ""
+    taken = {tokenizer.eos_token, tokenizer.bos_token}
+    if tokenizer.pad_token and tokenizer.pad_token not in taken:
+        return False
+    special = [t.content for _, t in sorted(tokenizer.added_tokens_decoder.items()) if t.special]
+    free = [t for t in special if t not in taken and t not in template]
+    if not free:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        return True
+    named = [t for t in free if "pad" in t.lower()]
+    unknown = [t for t in free if t == tokenizer.unk_token]
+    tokenizer.pad_token = (named or unknown or free)[0]
+    return False

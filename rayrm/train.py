@@ -1,0 +1,209 @@
+"""fit(config): start a training run on Ray Train, or resume it, and publish its export.
+
+Knows where a run's things lie and what an export is made of; what the ranks do is in loop.py.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from pyarrow import fs
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from rayrm.checkpoint import consolidate
+from rayrm.config import TrainConfig
+from rayrm.data import read_groups
+from rayrm.engine import RewardModel
+from rayrm.errors import RayrmError, TrainingError
+from rayrm.evaluate import evaluate
+from rayrm.export import RECORD, Export, hash_weights, publish, write_model_card
+from rayrm.loop import load_model, train_loop
+from rayrm.model import DTYPES, save_weights
+
+log = logging.getLogger(__name__)
+
+# Sections that may differ between a run and its resumption: they change speed, not the result.
+FREE_SECTIONS = {"cluster"}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run: where its export lies, how that was evaluated, and figures by step.
+
+    metrics is the export's evaluation on held-out data (empty without any); history holds a dict
+    per optimizer step: step, loss, accuracy, margin, learning_rate, grad_norm, pairs, tokens,
+    tokens_unshared, seconds, and eval_* where one was due.
+    """
+
+    export: str
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]]
+
+
+def fit(config: TrainConfig) -> TrainResult:
+    """Train, export, evaluate the export. The same name in the same storage resumes where it was.
+
+    Starts Ray if it is not running. A finished run is not trained again: its result is returned.
+    Raises ConfigError, DataError, ModelError, or TrainingError.
+    """
+    run = run_directory(config)
+    if exists(f"{run}/export/{RECORD}"):
+        log.warning("run %r is finished, its export is at %s/export", config.name, run)
+        return read_result(run)
+    claim(config, run)
+    if not ray.is_initialized():
+        ray.init()
+    try:
+        trained = make_trainer(config, run).fit()
+    except TrainingFailedError as error:
+        raise first_cause(error) from error
+    export = ray.remote(export_run).options(
+        num_cpus=config.cluster.cpus_per_worker,
+        num_gpus=config.cluster.gpus_per_worker,
+        label_selector=config.cluster.labels or None,
+        runtime_env={"env_vars": worker_environment(config)},
+    )
+    ray.get(export.remote(config, run, trained.checkpoint, trained.return_value))
+    return read_result(run)
+
+
+def make_trainer(config: TrainConfig, run: str) -> TorchTrainer:
+    cluster = config.cluster
+    resources = {"CPU": cluster.cpus_per_worker}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = cluster.gpus_per_worker
+    return TorchTrainer(
+        train_loop,
+        train_loop_config=config.model_dump(mode="json"),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers,
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker=resources,
+            label_selector=cluster.labels or None,
+        ),
+        run_config=RunConfig(
+            name=config.name,
+            storage_path=run.removesuffix(f"/{config.name}"),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
+            failure_config=FailureConfig(max_failures=cluster.retries),
+            worker_runtime_env={"env_vars": worker_environment(config)},
+        ),
+    )
+
+
+def export_run(
+    config: TrainConfig, run: str, checkpoint: Checkpoint, trained: dict[str, Any]
+) -> None:
+    """Consolidate the last checkpoint, evaluate what was written, and publish it."""
+    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary) / "export"
+        model, template = load_model(config)
+        with checkpoint.as_directory() as shards:
+            weights = {k.removeprefix("model."): v for k, v in consolidate(shards).items()}
+        save_weights(model, weights, directory, DTYPES[config.train.export_dtype])
+        del model, weights
+        template.tokenizer.save_pretrained(directory)
+        export = Export(
+            name=config.name,
+            dtype=config.train.export_dtype,
+            template=template.spec,
+            weights_sha256=hash_weights(directory),
+            history=trained["history"],
+            provenance={
+                "base_model": config.model.path,
+                "data": trained["data"],
+                "data_fingerprint": trained["data_fingerprint"],
+                "config": config.model_dump(mode="json"),
+                "versions": {p: version(p) for p in ("ray", "torch", "transformers", "deepspeed")},
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            },
+        )
+        export.write(directory)
+        if config.data.eval:
+            device = "cuda" if config.cluster.gpus_per_worker else "cpu"
+            groups, _ = read_groups(
+                config.data.eval, split="test", on_bad_record=config.data.on_bad_record
+            )
+            scorer = RewardModel.load(directory, device, overlong=config.data.overlong_rows)
+            export.evaluation = evaluate(scorer, groups)
+            export.reward_mean = export.evaluation["reward_mean"]
+            export.reward_std = export.evaluation["reward_std"]
+            export.write(directory)
+        write_model_card(directory, export)
+        publish(directory, f"{run}/export")
+
+
+def read_result(run: str) -> TrainResult:
+    filesystem, path = fs.FileSystem.from_uri(run)
+    with filesystem.open_input_file(f"{path}/export/{RECORD}") as record:
+        export = Export(**json.loads(record.read()))
+    return TrainResult(f"{run}/export", export.evaluation, export.history)
+
+
+def run_directory(config: TrainConfig) -> str:
+    """Where the run's checkpoints and export lie: an absolute path or a URI."""
+    storage = config.storage if "://" in config.storage else str(Path(config.storage).resolve())
+    return f"{storage.rstrip('/')}/{config.name}"
+
+
+def exists(path: str) -> bool:
+    filesystem, inside = fs.FileSystem.from_uri(path)
+    return bool(filesystem.get_file_info(inside).type != fs.FileType.NotFound)
+
+
+def claim(config: TrainConfig, run: str) -> None:
+    """Note the config beside the run, or refuse to resume it under another one."""
+    mine = config.model_dump(mode="json", exclude=FREE_SECTIONS)
+    filesystem, path = fs.FileSystem.from_uri(run)
+    if not exists(f"{run}/config.json"):
+        filesystem.create_dir(path, recursive=True)
+        with filesystem.open_output_stream(f"{path}/config.json") as out:
+            out.write(json.dumps(mine, indent=2).encode())
+        return
+    with filesystem.open_input_file(f"{path}/config.json") as noted:
+        theirs = json.loads(noted.read())
+    differ = sorted(_flat(mine).items() ^ _flat(theirs).items())
+    if differ:
+        keys = sorted({key for key, _ in differ})
+        raise TrainingError(
+            f"{run} was started with another config (differs in {', '.join(keys)}): give this run "
+            "another name, or remove the directory"
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: json.dumps(value)}
+    return flat
+
+
+def first_cause(error: TrainingFailedError) -> Exception:
+    """The typed error a rank raised, rather than Ray's report of all of them."""
+    failures = getattr(error, "worker_failures", {}).values()
+    for failure in failures:
+        cause = getattr(failure, "cause", failure)
+        if isinstance(cause, RayrmError):
+            return cause
+    return TrainingError(str(error))
+
+
+def worker_environment(config: TrainConfig) -> dict[str, str]:
+    """Quiet, and without a search for accelerators where none is asked for."""
+    environment = {"TOKENIZERS_PARALLELISM": "true", "TRANSFORMERS_VERBOSITY": "error"}
+    if config.cluster.gpus_per_worker == 0:
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return environment

@@ -1,0 +1,435 @@
+"""The reward service, as a real Serve application on the session's cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from ray import serve
+
+from rayrm.client import RewardClient
+from rayrm.config import ServeConfig
+from rayrm.engine import RewardModel, Rewards, make_rows
+from rayrm.errors import (
+    EmptyResponse,
+    ExportError,
+    InvalidRow,
+    InvalidTokenIds,
+    RowTooLong,
+    ServiceError,
+)
+from rayrm.packing import TokenGroup
+from rayrm.serve import Replica, TokenQueue, Values, deploy
+from rayrm.template import fingerprint
+from tests.conftest import tiny_tokenizer
+
+SECONDS_PER_PACK = 0.2
+FRAGILE = "fragile"
+
+
+class FragileReplica(Replica):
+    """Takes a while for each pack; hangs or fails once for a file of that name."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        super().__init__(config)
+        compute = self.queue.compute
+        directory = Path(config.export).parent
+
+        def slow(groups: Sequence[TokenGroup]) -> Sequence[Values]:
+            time.sleep(SECONDS_PER_PACK)
+            if _take(directory / "fail"):
+                raise RuntimeError("the kernel gave up")
+            if _take(directory / "hang"):
+                time.sleep(600)
+            return compute(groups)
+
+        self.queue.compute = slow
+
+
+def _take(file: Path) -> bool:
+    try:
+        file.unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def served(cluster: None, tiny_export: Path) -> Iterator[RewardClient]:
+    deploy(ServeConfig(export=str(tiny_export), app="tiny", replicas=2, tokens_per_pack=512))
+    yield RewardClient("tiny")
+    serve.delete("tiny")
+
+
+@pytest.fixture(scope="module")
+def fragile(cluster: None, tiny_export: Path) -> Iterator[RewardClient]:
+    config = ServeConfig(
+        export=str(tiny_export), app=FRAGILE, tokens_per_pack=512, hang_timeout_s=1
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rayrm.serve.Replica", FragileReplica)
+        deploy(config)
+    yield RewardClient(FRAGILE, timeout_s=60)
+    serve.delete(FRAGILE)
+
+
+@pytest.fixture(scope="module")
+def local(tiny_export: Path) -> RewardModel:
+    return RewardModel.load(tiny_export, "cpu")
+
+
+def stats(app: str) -> list[dict[str, Any]]:
+    return serve.get_app_handle(app).broadcast("stats").results(timeout_s=10)
+
+
+def total(app: str, key: str) -> int:
+    return sum(replica[key] for replica in stats(app))
+
+
+def texts(groups: int, responses: int) -> tuple[list[str], list[str]]:
+    prompts = [f"Question {g}: " + "why? " * (g % 7) for g in range(groups)]
+    return (
+        [prompt for prompt in prompts for _ in range(responses)],
+        [
+            f"Answer {r} to {g}: " + "because " * (r + g % 5)
+            for g in range(groups)
+            for r in range(responses)
+        ],
+    )
+
+
+def assert_same(served: Rewards, local: Rewards) -> None:
+    np.testing.assert_allclose(served.values, local.values, atol=1e-5)
+    assert [(type(e), str(e)) for e in served.errors] == [(type(e), str(e)) for e in local.errors]
+    np.testing.assert_array_equal(served.truncated, local.truncated)
+    np.testing.assert_array_equal(served.unfinished, local.unfinished)
+
+
+def test_served_rewards_equal_those_in_one_process(
+    served: RewardClient, local: RewardModel
+) -> None:
+    prompts, responses = texts(40, 4)
+    finished = [i % 3 > 0 for i in range(len(prompts))]
+    rewards = served.score(prompts, responses, finished=finished)
+    assert_same(rewards, local.score(prompts, responses, finished=finished))
+    assert np.isfinite(rewards.values).all() and rewards.unfinished.any()
+    assert set(rewards.versions) == {local.version}
+
+
+def test_messages_are_served_as_in_one_process(served: RewardClient, local: RewardModel) -> None:
+    conversation = [
+        {"role": "user", "content": "Name a colour."},
+        {"role": "assistant", "content": "Red. Ünïcödé 😀"},
+        {"role": "user", "content": "Another."},
+    ]
+    prompts = [conversation, conversation, "Name a fruit."]
+    responses = [[{"role": "assistant", "content": "Blue."}], "Green.", "Plum."]
+    assert_same(served.score(prompts, responses), local.score(prompts, responses))
+
+
+def test_token_ids_are_served_as_in_one_process(served: RewardClient, local: RewardModel) -> None:
+    prompts = [[5, 6, 7], np.array([5, 6, 7]), np.array([8, 9], dtype=np.uint16), []]
+    responses = [(10, 11), np.array([12]), [13], [14]]
+    tokenizer = tiny_tokenizer()
+    rewards = served.score(prompts, responses, tokenizer=tokenizer)
+    assert np.isfinite(rewards.values).all()
+    assert_same(rewards, local.score(prompts, responses, tokenizer=fingerprint(tokenizer)))
+    others = served.score(prompts, responses, tokenizer="another")
+    assert_same(others, local.score(prompts, responses, tokenizer="another"))
+    assert all(isinstance(error, InvalidTokenIds) for error in others.errors)
+
+
+def test_a_bad_row_gets_its_error_and_the_others_are_scored(
+    served: RewardClient, local: RewardModel
+) -> None:
+    rows: list[tuple[Any, Any, type | None]] = [
+        ("Name a fruit.", "Plum.", type(None)),
+        ("Name a fruit.", "", EmptyResponse),
+        ("Name a fruit.", "plum " * 300, RowTooLong),
+        (None, "Plum.", InvalidRow),
+        ("Name a fruit.", 3, InvalidRow),
+        ("Name a fruit.", "half a pair \ud83d", InvalidRow),
+        ("Name a fruit.", [{"role": "assistant"}], InvalidRow),
+        ("Name a fruit.", [{"role": "user", "content": "Plum."}], InvalidRow),
+        ("Name a fruit.", [1, 2], InvalidRow),
+        ([1, 2], [3, 10**6], InvalidTokenIds),
+        ([1, 2], [3, 2**40], InvalidTokenIds),
+        ([1, 2], [3, 2**70], InvalidTokenIds),
+        ([1, 2], [-1], InvalidTokenIds),
+        ([1, 2], [3.5], InvalidRow),
+        ("Name a fruit.", "Pear.", type(None)),
+    ]
+    prompts, responses, expected = zip(*rows, strict=True)
+    with pytest.warns(UserWarning, match="without their tokenizer"):
+        rewards = served.score(prompts, responses)
+    with pytest.warns(UserWarning, match="without their tokenizer"):
+        assert_same(rewards, local.score(prompts, responses))
+    assert [type(error) for error in rewards.errors] == list(expected)
+    with pytest.raises(ValueError, match="2 prompts, 1 responses"):
+        served.score(["a", "b"], ["c"])
+    assert len(served.score([], [])) == 0
+
+
+def test_a_prompt_and_equal_rows_are_computed_once(served: RewardClient) -> None:
+    name = fingerprint(tiny_tokenizer())
+    prompt = list(range(10, 110))
+    responses = [[200 + r, *range(50, 59)] for r in range(8)] * 2
+    before = total("tiny", "computed_tokens")
+    rewards = served.score([prompt] * 16, responses, tokenizer=name)
+    assert total("tiny", "computed_tokens") - before == 100 + 8 * 10
+    np.testing.assert_array_equal(rewards.values[:8], rewards.values[8:])
+
+
+def test_a_missing_application_is_named_with_those_that_run(served: RewardClient) -> None:
+    with pytest.raises(ServiceError, match=r"no application 'tyni' is deployed; running: .*'tiny'"):
+        RewardClient("tyni").score(["a"], ["b"])
+
+
+def test_an_event_loop_is_told_what_to_do(served: RewardClient) -> None:
+    async def score() -> Rewards:
+        return served.score(["a"], ["b"])
+
+    with pytest.raises(ServiceError, match=r"asyncio\.to_thread"):
+        asyncio.run(score())
+
+    async def in_a_thread() -> Rewards:
+        return await asyncio.to_thread(served.score, ["a"], ["b"])
+
+    assert np.isfinite(asyncio.run(in_a_thread()).values).all()
+
+
+def test_an_actor_of_another_job_and_namespace_can_call(
+    served: RewardClient, local: RewardModel
+) -> None:
+    script = """
+        import pickle, sys
+        import ray
+        from rayrm.client import RewardClient
+
+        @ray.remote(num_cpus=0)
+        class Worker:
+            def __init__(self, client):
+                self.client = client
+
+            def step(self):
+                return self.client.score(["Name a fruit."] * 2, ["Plum.", ""])
+
+        ray.init(sys.argv[1], namespace="elsewhere", log_to_driver=False)
+        rewards = ray.get(Worker.remote(RewardClient("tiny")).step.remote())
+        sys.stdout.buffer.write(pickle.dumps(rewards))
+    """
+    address = ray.get_runtime_context().gcs_address
+    out = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), address],
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    assert_same(pickle.loads(out.stdout), local.score(["Name a fruit."] * 2, ["Plum.", ""]))
+
+
+def test_a_wrong_export_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"looked for rayrm\.json"):
+        deploy(ServeConfig(export=str(tmp_path), app="nothing"))
+
+
+def test_callers_at_once_share_forwards(fragile: RewardClient, local: RewardModel) -> None:
+    before = stats(FRAGILE)[0]
+    prompts, responses = texts(4, 2)
+    with ThreadPoolExecutor(4) as callers:
+        steps = callers.map(fragile.score, *zip(*_split(prompts, responses, 4), strict=True))
+        values = np.concatenate([step.values for step in steps])
+    after = stats(FRAGILE)[0]
+    np.testing.assert_allclose(values, local.score(prompts, responses).values, atol=1e-5)
+    assert after["calls"] - before["calls"] == 4
+    assert after["forwards"] - before["forwards"] < 4
+
+
+def _split(
+    prompts: Sequence[str], responses: Sequence[str], parts: int
+) -> list[tuple[Sequence[str], Sequence[str]]]:
+    n = len(prompts) // parts
+    return [(prompts[i : i + n], responses[i : i + n]) for i in range(0, len(prompts), n)]
+
+
+def test_what_a_replica_raises_reaches_the_caller(fragile: RewardClient, tiny_export: Path) -> None:
+    (tiny_export.parent / "fail").touch()
+    with pytest.raises(ServiceError, match="the kernel gave up"):
+        fragile.score(["a"], ["b"])
+    assert np.isfinite(fragile.score(["a"], ["b"]).values).all()
+
+
+def test_a_step_that_takes_too_long_is_given_up_and_frees_the_replica(
+    fragile: RewardClient,
+) -> None:
+    prompts, responses = texts(100, 4)
+    began = time.monotonic()
+    with pytest.raises(ServiceError, match=r"timeout_s = 0\.5"):
+        RewardClient(FRAGILE, timeout_s=0.5).score(prompts, responses)
+    _until(lambda: total(FRAGILE, "queued_tokens") == 0)
+    assert time.monotonic() - began < 5
+
+
+def test_a_replica_that_is_killed_loses_no_row(fragile: RewardClient, local: RewardModel) -> None:
+    prompts, responses = texts(40, 4)
+    before = stats(FRAGILE)[0]
+    with ThreadPoolExecutor(1) as caller:
+        step = caller.submit(fragile.score, prompts, responses)
+        _until(lambda: stats(FRAGILE)[0]["forwards"] > before["forwards"])
+        os.kill(before["pid"], signal.SIGKILL)
+        rewards = step.result()
+    assert_same(rewards, local.score(prompts, responses))
+    assert before["pid"] not in [replica["pid"] for replica in stats(FRAGILE)]
+
+
+def test_a_replica_that_hangs_is_replaced_and_loses_no_row(
+    fragile: RewardClient, local: RewardModel, tiny_export: Path
+) -> None:
+    before = stats(FRAGILE)[0]
+    (tiny_export.parent / "hang").touch()
+    prompts, responses = texts(4, 4)
+    assert_same(fragile.score(prompts, responses), local.score(prompts, responses))
+    assert before["pid"] not in [replica["pid"] for replica in stats(FRAGILE)]
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+class Gate:
+    """The local model, one forward for each time the gate is opened."""
+
+    def __init__(self, model: RewardModel) -> None:
+        self.model = model
+        self.open = threading.Semaphore(0)
+        self.packs: list[int] = []
+
+    def __call__(self, groups: Sequence[TokenGroup]) -> Sequence[Values]:
+        self.open.acquire()
+        self.packs.append(len(groups))
+        return self.model.score_groups(groups)
+
+
+def groups(model: RewardModel, n: int, tokens: int = 20) -> list[TokenGroup]:
+    rows = make_rows([[g + 5] for g in range(n)], [[7] * (tokens - 1)] * n)
+    return model.encode(rows, model.template.spec.fingerprint).groups
+
+
+async def _settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def test_a_full_queue_holds_callers_back(local: RewardModel) -> None:
+    async def run() -> None:
+        gate = Gate(local)
+        queue = TokenQueue(gate, tokens_per_pack=40, max_tokens=100)
+        calls = [asyncio.create_task(queue.score(groups(local, 2))) for _ in range(4)]
+        await _settle()
+        # 40 tokens compute, 80 wait, 40 are held back.
+        assert queue.queued_tokens == 80
+        gate.open.release(4)
+        assert all(len(values) == 2 for values in await asyncio.gather(*calls))
+        assert queue.queued_tokens == 0
+
+        large = asyncio.create_task(queue.score(groups(local, 10)))
+        await _settle()
+        assert queue.queued_tokens == 160
+        gate.open.release(5)
+        assert len(await large) == 10
+
+    asyncio.run(run())
+
+
+def test_a_pack_takes_what_fits_and_the_oldest_first(local: RewardModel) -> None:
+    async def run() -> None:
+        gate = Gate(local)
+        queue = TokenQueue(gate, tokens_per_pack=100, max_tokens=1000)
+        sizes = [100, 60, 60, 30, 10, 150]
+        calls = [asyncio.create_task(queue.score(groups(local, 1, n))) for n in sizes]
+        await _settle()
+        gate.open.release(4)
+        await asyncio.gather(*calls)
+        assert gate.packs == [1, 3, 1, 1]
+
+    asyncio.run(run())
+
+
+def test_an_error_reaches_exactly_the_callers_in_the_pack(local: RewardModel) -> None:
+    async def run() -> None:
+        packs = 0
+
+        def compute(taken: Sequence[TokenGroup]) -> Sequence[Values]:
+            nonlocal packs
+            packs += 1
+            if packs == 2:
+                raise RuntimeError("out of memory")
+            return local.score_groups(taken)
+
+        queue = TokenQueue(compute, tokens_per_pack=40, max_tokens=1000)
+        calls = [queue.score(groups(local, n)) for n in (2, 1, 1, 2)]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(r) for r in results] == [list, RuntimeError, RuntimeError, list]
+        assert len(await queue.score(groups(local, 1))) == 1
+
+    asyncio.run(run())
+
+
+def test_a_cancelled_caller_costs_nothing_more(local: RewardModel) -> None:
+    async def run() -> None:
+        gate = Gate(local)
+        queue = TokenQueue(gate, tokens_per_pack=20, max_tokens=100)
+        first, second, third = (
+            asyncio.create_task(queue.score(groups(local, n))) for n in (1, 5, 1)
+        )
+        await _settle()
+        second.cancel()
+        await _settle()
+        assert queue.queued_tokens == 20
+        gate.open.release(2)
+        await asyncio.gather(first, third)
+        assert gate.packs == [1, 1]
+
+    asyncio.run(run())
+
+
+def test_a_hung_pack_fails_the_health_check(tiny_export: Path) -> None:
+    async def run() -> None:
+        replica = Replica(ServeConfig(export=str(tiny_export), hang_timeout_s=0.2))
+        gate = Gate(replica.model)
+        replica.queue.compute = gate
+        call = asyncio.create_task(replica.queue.score(groups(replica.model, 1)))
+        await asyncio.sleep(0.1)
+        replica.check_health()
+        await asyncio.sleep(0.2)
+        with pytest.raises(ServiceError, match=r"hang_timeout_s is 0\.2"):
+            replica.check_health()
+        gate.open.release()
+        await call
+        replica.check_health()
+
+    asyncio.run(run())
+
+
+def test_serving_loads_no_deepspeed() -> None:
+    script = (
+        "import sys, rayrm.client, rayrm.serve, rayrm.engine;"
+        "assert not {'deepspeed', 'rayrm.train', 'rayrm.checkpoint'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
