@@ -27,9 +27,7 @@ def main() -> None:
         from rayrm.engine import RewardModel
         from rayrm.evaluate import evaluate
 
-        groups, report = read_groups(
-            args.data, split=args.split, on_bad_record=args.on_bad_record
-        )
+        groups, report = read_groups(args.data, split=args.split, on_bad_record=args.on_bad_record)
         print(report)
         model = RewardModel.load(
             args.export,
@@ -56,7 +54,10 @@ def table(figures: dict[str, object]) -> str:
         for key, value in figures.items()
         if key != "subsets" and value is not None
     ]
-    rows += [(f"  {name or '(no subset)'}", f"{s['accuracy']:.3f}  {s['pairs']} pairs") for name, s in subsets.items()]
+    rows += [
+        (f"  {name or '(no subset)'}", f"{s['accuracy']:.3f}  {s['pairs']} pairs")
+        for name, s in subsets.items()
+    ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
 

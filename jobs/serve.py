@@ -23,21 +23,23 @@ def main(arguments: list[str]) -> None:
         return
     config = ServeConfig.load(arguments[0], arguments[1:])
 
+    import ray
     from ray import serve
 
     from rayrm.export import read_export
-    from rayrm.serve import connect, deploy
+    from rayrm.serve import deploy
 
     _, export = read_export(config.export)
-    started = connect()
+    ray.init()
     deploy(config)
     print(f"application {config.app!r} serves {export.version}", flush=True)
-    if started:
+    node = ray._private.worker._global_node
+    if node is not None and node.is_head():  # the cluster is ours and ends with this process
         print("Ctrl-C stops it", flush=True)
         try:
             signal.pause()
         except KeyboardInterrupt:
-            serve.shutdown()
+            serve.delete(config.app)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ def main() -> None:
         sys.exit(f"{type(error).__name__}: {error}")
     print(f"export: {result.export}")
     if result.metrics:
-        print(f"held-out accuracy: {result.metrics['accuracy']:.3f} on {result.metrics['pairs']} pairs")
+        accuracy, pairs = result.metrics["accuracy"], result.metrics["pairs"]
+        print(f"held-out accuracy: {accuracy:.3f} on {pairs} pairs")
 
 
 if __name__ == "__main__":

@@ -51,4 +51,4 @@ def consolidate(directory: str) -> dict[str, Tensor]:
     else:  # ZeRO 0: every rank holds everything
         file = shards / "mp_rank_00_model_states.pt"
         state = torch.load(file, map_location="cpu", weights_only=False)["module"]
-    return dict(state)
+    return {name: tensor.detach() for name, tensor in state.items()}

@@ -98,7 +98,7 @@ class TrainSection(Section):
     """Largest norm of the gradient; 0 turns clipping off."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the computation; weights, head and optimizer state are fp32 either way."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Of the head's first weights and of the order of groups."""
     eval_every: int = Field(0, ge=0)
     """Optimizer steps between evaluations on held-out groups; 0: only the export is evaluated."""
@@ -203,7 +203,7 @@ def describe(section: type[BaseModel], prefix: str = "--") -> str:
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise ConfigError(f"no config file {Path(path).resolve()}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
@@ -213,7 +213,7 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    pairs = [p for word in overrides for p in (word.split("=", 1) if "=" in word else [word])]
+    pairs = [p for word in overrides for p in (word.split("=", 1) if word[:2] == "--" else [word])]
     if len(pairs) % 2:
         raise ConfigError(f"override {pairs[-1]!r} has no value: write --section.field value")
     for flag, value in zip(pairs[::2], pairs[1::2], strict=True):
@@ -225,8 +225,16 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
             at = at.setdefault(section, {})
             if not isinstance(at, dict):
                 raise ConfigError(f"{flag}: {section!r} is a value, not a section")
-        at[field] = yaml.safe_load(value)
+        at[field] = _parse(value)
     return values
+
+
+def _parse(value: str) -> Any:
+    """YAML, or the word as it stands: "*.jsonl" begins as an alias would, and is a glob."""
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
 
 
 def _explain(model: type[BaseModel], error: ValidationError) -> str:

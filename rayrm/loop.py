@@ -293,8 +293,9 @@ def merge(settings: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]
     merged = dict(settings)
     for key, value in overrides.items():
         inner = merged.get(key)
-        both = isinstance(inner, dict) and isinstance(value, dict)
-        merged[key] = merge(inner, value) if both else value
+        if isinstance(inner, dict) and isinstance(value, dict):
+            value = merge(inner, value)
+        merged[key] = value
     return merged
 
 

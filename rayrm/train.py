@@ -17,9 +17,17 @@ from typing import Any
 import ray
 import torch
 from pyarrow import fs
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train import Checkpoint
+from ray.train.v2.api.config import (
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+)
 from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.api.result import Result
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from rayrm.checkpoint import consolidate
 from rayrm.config import TrainConfig
@@ -74,6 +82,7 @@ def fit(config: TrainConfig) -> TrainResult:
         label_selector=config.cluster.labels or None,
         runtime_env={"env_vars": worker_environment(config)},
     )
+    assert isinstance(trained, Result) and trained.checkpoint and trained.return_value
     ray.get(export.remote(config, run, trained.checkpoint, trained.return_value))
     return read_result(run)
 
@@ -97,6 +106,7 @@ def make_trainer(config: TrainConfig, run: str) -> TorchTrainer:
             storage_path=run.removesuffix(f"/{config.name}"),
             checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
             failure_config=FailureConfig(max_failures=cluster.retries),
+            logging_config=LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": worker_environment(config)},
         ),
     )
@@ -203,7 +213,11 @@ def first_cause(error: TrainingFailedError) -> Exception:
 
 def worker_environment(config: TrainConfig) -> dict[str, str]:
     """Quiet, and without a search for accelerators where none is asked for."""
-    environment = {"TOKENIZERS_PARALLELISM": "true", "TRANSFORMERS_VERBOSITY": "error"}
+    environment = {
+        "TOKENIZERS_PARALLELISM": "true",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+    }
     if config.cluster.gpus_per_worker == 0:
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return environment

@@ -1,0 +1,68 @@
+"""Every shipped config loads, and cluster.yaml is one that Ray takes and the configs agree with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray
+import yaml
+
+from rayrm.config import ServeConfig, TrainConfig
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "jobs/configs").glob("*.yaml"))
+
+
+def load(path: Path) -> TrainConfig | ServeConfig:
+    is_serve = "export" in yaml.safe_load(path.read_text())
+    return ServeConfig.load(path) if is_serve else TrainConfig.load(path)
+
+
+@pytest.fixture(scope="module")
+def cluster_yaml() -> dict[str, Any]:
+    values: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    return values
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_loads(path: Path) -> None:
+    load(path)
+
+
+def test_cluster_yaml_follows_rays_own_schema(cluster_yaml: dict[str, Any]) -> None:
+    schema = Path(ray.__file__).parent / "autoscaler/ray-schema.json"
+    jsonschema.validate(cluster_yaml, json.loads(schema.read_text()))
+
+
+def test_nothing_is_scheduled_on_the_head(cluster_yaml: dict[str, Any]) -> None:
+    head = cluster_yaml["available_node_types"][cluster_yaml["head_node_type"]]
+    assert head["resources"] == {"CPU": 0}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_gpu_configs_fit_the_node_group_they_ask_for(
+    path: Path, cluster_yaml: dict[str, Any]
+) -> None:
+    config = load(path)
+    if isinstance(config, TrainConfig):
+        labels, copies = config.cluster.labels, config.cluster.workers
+        gpus, cpus = config.cluster.gpus_per_worker, config.cluster.cpus_per_worker
+    else:
+        labels, copies = config.labels, config.replicas
+        gpus, cpus = config.gpus_per_replica, config.cpus_per_replica
+    if not gpus:
+        assert not labels
+        return
+    groups = [
+        group
+        for group in cluster_yaml["available_node_types"].values()
+        if labels and labels.items() <= group.get("labels", {}).items()
+    ]
+    assert len(groups) == 1
+    room = groups[0]["resources"]
+    per_node = min(room["GPU"] // gpus, room["CPU"] // cpus)
+    assert copies <= per_node * groups[0]["max_workers"]

@@ -1,0 +1,253 @@
+"""fit on tiny models: one curve however it is cut, resumed where it was, exported as trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import make_base
+from ray.train.v2.api.result import Result
+from transformers import AutoModelForSequenceClassification
+
+from rayrm import RewardModel, TrainConfig, fit
+from rayrm.checkpoint import consolidate, save_shards
+from rayrm.config import TrainSection
+from rayrm.data import read_groups
+from rayrm.errors import DataError, ModelError, TrainingError
+from rayrm.evaluate import evaluate
+from rayrm.loop import Rank, learning_rate, merge
+from rayrm.template import Row
+from rayrm.train import claim, make_trainer, run_directory
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+COLOURS = ["red", "blue", "green", "black", "white", "pink", "grey"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """14 groups: pairs, and rankings of three, of varied lengths."""
+    rng = np.random.default_rng(0)
+    file = tmp_path_factory.mktemp("data") / "train.jsonl"
+    records: list[dict[str, Any]] = []
+    for i in range(14):
+        words = " ".join(rng.choice(COLOURS, int(rng.integers(2, 12))))
+        responses = [" ".join(rng.choice(COLOURS, int(rng.integers(1, 9)))) + str(j) for j in "abc"]
+        if i % 3 == 0:
+            records.append({"prompt": f"{i} {words}", "responses": responses, "ranks": [1, 2, 3]})
+        else:
+            chosen, rejected = responses[:2]
+            records.append({"prompt": f"{i} {words}", "chosen": chosen, "rejected": rejected})
+    file.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return file
+
+
+def configure(base: Path, data: Path, storage: Path, **sections: dict[str, Any]) -> TrainConfig:
+    """Three steps of five groups (the last of four) in fp32 on one CPU worker with ZeRO 0."""
+    values: dict[str, Any] = {
+        "name": "run",
+        "storage": str(storage),
+        "model": {"path": str(base)},
+        "data": {"train": str(data), "eval": str(data), "max_length": 128},
+        "train": {
+            "groups_per_step": 5,
+            "learning_rate": 3e-3,
+            "warmup_steps": 1,
+            "dtype": "float32",
+            "export_dtype": "float32",
+        },
+        "deepspeed": {"zero_stage": 0},
+        "cluster": {"workers": 1},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return TrainConfig(**values)
+
+
+def every_stage(values: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """On each rank: three steps under every ZeRO stage, and what its shards consolidate to."""
+    found: dict[int, dict[str, Any]] = {}
+    for stage in range(4):
+        values["deepspeed"]["zero_stage"] = stage
+        rank = Rank(TrainConfig(**values))
+        while rank.step < 3:
+            rank.train_step()
+        shards = f"{values['storage']}/stage{stage}"
+        save_shards(rank.engine, shards, {})
+        dist.barrier()
+        found[stage] = {
+            "losses": [h["loss"] for h in rank.history],
+            "grad_norms": [h["grad_norm"] for h in rank.history],
+            "head": consolidate(shards)["model.score.weight"].numpy(),
+        }
+    return found
+
+
+def run_every_stage(config: TrainConfig) -> dict[int, dict[str, Any]]:
+    trainer = make_trainer(config, run_directory(config))
+    trainer.train_loop_per_worker = every_stage
+    result = trainer.fit()
+    assert isinstance(result, Result) and result.return_value
+    return result.return_value
+
+
+@pytest.mark.slow
+def test_losses_do_not_depend_on_zero_stage_workers_or_micro_batches(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    one = run_every_stage(configure(base, data, tmp_path / "one"))
+    two = run_every_stage(
+        configure(
+            base,
+            data,
+            tmp_path / "two",
+            train={"tokens_per_micro_batch": 64},
+            cluster={"workers": 2},
+        )
+    )
+    reference = one[0]
+    assert len(reference["losses"]) == 3
+    for found in (*one.values(), *two.values()):
+        assert found["losses"] == pytest.approx(reference["losses"], abs=1e-4)
+        assert found["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-3)
+        np.testing.assert_allclose(found["head"], reference["head"], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_head_trains_in_fp32_under_bf16_in_every_stage(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    config = configure(base, data, tmp_path, train={"dtype": "bfloat16"}, cluster={"workers": 2})
+    for found in run_every_stage(config).values():
+        head = torch.from_numpy(found["head"])
+        assert head.dtype == torch.float32
+        assert not torch.equal(head, head.bfloat16().float())
+
+
+def test_training_learns_what_it_is_shown(base: Path, data: Path, tmp_path: Path) -> None:
+    config = configure(base, data, tmp_path, train={"epochs": 8, "checkpoint_every": 9})
+    history = fit(config).history
+    assert history[-1]["step"] == 24
+    assert np.mean([h["accuracy"] for h in history[-3:]]) > 0.9
+    assert np.mean([h["accuracy"] for h in history[:3]]) < 0.8
+
+
+def test_trained_rewards_are_exported_and_what_is_exported_was_evaluated(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    config = configure(base, data, tmp_path, train={"eval_every": 3}, cluster={"workers": 2})
+    result = fit(config)
+    groups, _ = read_groups(str(data))
+    model = RewardModel.load(result.export, "cpu")
+    again = evaluate(model, groups)
+    assert again.keys() == result.metrics.keys()
+    for key in ("accuracy", "loss", "margin", "ece", "reward_mean", "reward_std"):
+        assert again[key] == pytest.approx(result.metrics[key], abs=1e-6)
+    assert result.history[-1]["eval_loss"] == pytest.approx(again["loss"], abs=1e-5)
+    theirs = AutoModelForSequenceClassification.from_pretrained(result.export, dtype=torch.float32)
+    prompts = [g.prompt for g in groups for _ in g.responses]
+    responses = [r for g in groups for r in g.responses]
+    ours = model.score(prompts, responses).values
+    rows = model.encode([*map(Row, prompts, responses)])
+    with torch.no_grad():
+        for group, owners in zip(rows.groups, rows.owners, strict=True):
+            for ids, owner in zip(group.rows, owners, strict=True):
+                logit = theirs(torch.from_numpy(ids.astype(np.int64))[None]).logits.item()
+                assert ours[owner] == pytest.approx(logit, abs=1e-5 * max(1.0, float(ours.std())))
+
+
+def test_a_finished_run_is_not_trained_again_and_says_so(
+    base: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = configure(base, data, tmp_path, train={"epochs": 0.34})
+    first = fit(config)
+    written = (Path(first.export) / "rayrm.json").stat().st_mtime_ns
+    second = fit(config)
+    assert second == first
+    assert (Path(first.export) / "rayrm.json").stat().st_mtime_ns == written
+    assert "is finished" in caplog.text
+
+
+@pytest.mark.slow
+def test_the_same_name_resumes_where_the_run_was_cut_off(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = fit(configure(base, data, tmp_path / "whole", cluster={"workers": 2}))
+    config = configure(
+        base, data, tmp_path / "cut", train={"checkpoint_every": 1}, cluster={"workers": 2}
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr("rayrm.train.train_loop", _stop_after_two_steps)
+        with pytest.raises(TrainingError, match="cut off"):
+            fit(config)
+    assert {p.name for p in (tmp_path / "cut/run").glob("checkpoint*")} == {
+        "checkpoint_step_000002",
+        "checkpoint_manager_snapshot.json",
+    }
+    resumed = fit(config)
+    assert [h["step"] for h in resumed.history] == [1, 2, 3]
+    assert [h["loss"] for h in resumed.history] == [h["loss"] for h in whole.history]
+    ours, theirs = (RewardModel.load(r.export, "cpu") for r in (resumed, whole))
+    assert ours.version.split("@")[1] == theirs.version.split("@")[1]
+
+
+def _stop_after_two_steps(values: dict[str, Any]) -> dict[str, Any]:
+    rank = Rank(TrainConfig(**values))
+    for _ in range(2):
+        rank.train_step()
+        rank.save()
+    raise TrainingError("cut off")
+
+
+def test_a_name_in_use_by_another_config_is_refused(base: Path, data: Path, tmp_path: Path) -> None:
+    config = configure(base, data, tmp_path)
+    claim(config, run_directory(config))
+    faster = configure(base, data, tmp_path, cluster={"workers": 2})
+    claim(faster, run_directory(faster))
+    other = configure(base, data, tmp_path, train={"learning_rate": 1.0})
+    with pytest.raises(TrainingError, match=r"train\.learning_rate"):
+        fit(other)
+
+
+def test_nan_stops_training_and_names_step_rank_and_rows(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    config = configure(base, data, tmp_path, train={"learning_rate": 1e30, "clip": 0})
+    with pytest.raises(TrainingError, match=r"step \d") as error:
+        fit(config)
+    assert "train.jsonl" in str(error.value) or "norm" in str(error.value)
+    assert not (tmp_path / "run/export").exists()
+
+
+def test_missing_data_and_models_are_typed_errors_that_say_where(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.jsonl"):
+        fit(configure(base, tmp_path / "nowhere.jsonl", tmp_path / "a"))
+    with pytest.raises(ModelError, match=r"config\.json"):
+        fit(configure(tmp_path, data, tmp_path / "b"))
+
+
+def test_learning_rates_follow_the_named_schedule() -> None:
+    def rates(schedule: str) -> list[float]:
+        train = TrainSection(learning_rate=1.0, warmup_steps=2, schedule=schedule)  # type: ignore[arg-type]
+        return [learning_rate(train, step, 6) for step in range(6)]
+
+    assert rates("constant") == [0, 0.5, 1, 1, 1, 1]
+    assert rates("linear") == [0, 0.5, 1, 0.75, 0.5, 0.25]
+    assert rates("cosine") == pytest.approx([0, 0.5, 1, 0.853553, 0.5, 0.146447], abs=1e-6)
+
+
+def test_deepspeed_overrides_are_merged_section_by_section() -> None:
+    merged = merge({"zero": {"stage": 2}, "clip": 1}, {"zero": {"bucket": 5}, "clip": 0})
+    assert merged == {"zero": {"stage": 2, "bucket": 5}, "clip": 0}
