@@ -46,7 +46,9 @@ def consolidate(directory: str) -> dict[str, Tensor]:
     """The whole model's fp32 weights, by name, from every ZeRO stage's shards."""
     shards = Path(directory) / TAG
     if any(shards.glob("*optim_states.pt")):
-        with contextlib.redirect_stdout(io.StringIO()):
+        # DeepSpeed prints what it finds, and a bar.
+        silence = io.StringIO()
+        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
             state = get_fp32_state_dict_from_zero_checkpoint(directory, tag=TAG)
     else:  # ZeRO 0: every rank holds everything
         file = shards / "mp_rank_00_model_states.pt"

@@ -118,11 +118,12 @@ class RewardClient:
         try:
             handle = serve.get_app_handle(self.app)
         except RayServeException:
-            running = ", ".join(map(repr, serve.status().applications)) or "none"
-            raise ServiceError(
-                f"no application {self.app!r} is deployed; running: {running}"
-            ) from None
-        # By reference, whatever the environment sets: over gRPC Serve refuses large payloads.
+            deployed = ", ".join(map(repr, serve.status().applications)) or "none"
+            raise ServiceError(f"no application {self.app!r}; deployed: {deployed}") from None
+        # RAY_SERVE_THROUGHPUT_OPTIMIZED would tie the router to one event loop, and send over
+        # gRPC, which refuses large payloads.
+        if not handle.is_initialized:
+            handle._init(_run_router_in_separate_loop=True)
         return handle.options(method_name="score", _by_reference=True)
 
     def _running_replicas(self) -> int:

@@ -91,12 +91,14 @@ def encode_groups(
 ) -> PreferenceData:
     """Encode groups, or read them from the cache if the same ones were encoded before.
 
-    "truncate" cuts a group's prompt from the left so that its longest row fits max_length, the same
-    for all of its responses; "error" leaves over-long responses out, and counts them. Raises DataError where a row
-    cannot be encoded at all, or nothing is left.
+    overlong "truncate" cuts a group's prompt from the left so that its longest row fits
+    max_length, the same for all of its responses; "error" leaves over-long responses out. Both are
+    counted. Raises DataError where a row cannot be encoded at all, or nothing is left.
     """
     made_from = data_fingerprint(groups)
-    key = json.dumps([made_from, asdict(template.spec), template.tokenizer.chat_template, overlong])
+    tokenizer = template.tokenizer
+    marks = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]
+    key = json.dumps([made_from, asdict(template.spec), marks, overlong])
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rayrm" / "encoded"
     directory = cache / hashlib.sha256(key.encode()).hexdigest()[:32]
     if not directory.exists():

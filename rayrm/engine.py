@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rayrm.data import Text
@@ -51,11 +52,12 @@ class Encoded:
     """N rows as ids, gathered into groups.
 
     owners[g][i] is the row that the i-th response of group g came from; a row with an error is in
-    no group.
+    no group. tokens: int64 [N], of the row before its prompt was cut.
     """
 
     groups: list[TokenGroup]
     owners: list[list[int]]
+    tokens: NDArray[np.int64]
     errors: list[RowError | None]
     truncated: NDArray[np.bool_]
     unfinished: NDArray[np.bool_]
@@ -140,6 +142,7 @@ class RewardModel:
     ) -> Encoded:
         """Rows → groups of ids; touches no weights."""
         errors: list[RowError | None] = [None] * len(rows)
+        tokens = np.zeros(len(rows), dtype=np.int64)
         truncated = np.zeros(len(rows), dtype=bool)
         families: dict[object, list[int]] = {}
         ids: dict[int, Ids] = {}
@@ -148,6 +151,7 @@ class RewardModel:
             if mismatch is not None and is_ids(row.response):
                 result = mismatch
             if not isinstance(result, RowError):
+                tokens[i] = len(result)
                 result, truncated[i] = self.template.fit(row, result, self.overlong)
             if isinstance(result, RowError):
                 errors[i] = result
@@ -159,21 +163,25 @@ class RewardModel:
         return Encoded(
             [TokenGroup.from_rows([ids[i] for i in family]) for family in owners],
             owners,
+            tokens,
             errors,
             truncated,
             np.array([not row.finished for row in rows], dtype=bool),
         )
 
     @torch.inference_mode()
-    def score_groups(self, groups: Sequence[TokenGroup]) -> list[NDArray[np.float32]]:
-        """Rewards of every group's responses, float32 [responses] each."""
+    def score_groups(
+        self, groups: Sequence[TokenGroup], *, progress: bool = False
+    ) -> list[NDArray[np.float32]]:
+        """Rewards of every group's responses, float32 [responses] each; with a bar if asked."""
         budget = self.tokens_per_pack
         parts = [(g, r) for g, group in enumerate(groups) for r in split_group(group, budget)]
         pieces = [
             TokenGroup(groups[g].prefix, groups[g].suffixes[r.start : r.stop]) for g, r in parts
         ]
         values = [np.empty(len(group.suffixes), dtype=np.float32) for group in groups]
-        for plan in plan_packs([piece.tokens for piece in pieces], budget):
+        plans = plan_packs([piece.tokens for piece in pieces], budget)
+        for plan in tqdm(plans, desc="scoring", unit="pack", disable=not progress):
             rewards = self.net.score_pack(Pack.from_groups([pieces[p] for p in plan])).cpu().numpy()
             self.forwards += 1
             for p in plan:
@@ -203,7 +211,8 @@ class RewardModel:
             return None
         made_by = tokenizer if isinstance(tokenizer, str) else fingerprint(tokenizer)
         expected = self.template.spec.fingerprint
-        if made_by == expected:
+        # The exported tokenizer may have a pad token more than the one its makers published.
+        if made_by == expected or made_by == fingerprint(self.template.tokenizer):
             return None
         return InvalidTokenIds(
             f"the ids' tokenizer has fingerprint {made_by[:12]}…, the reward model's is "

@@ -24,26 +24,26 @@ Floats = NDArray[np.floating]
 class ScoredGroup:
     """One group's rewards [K] (NaN: not scored), lengths in tokens [K], pairs [N, 2], labels [N].
 
+    Lengths may count the prompt too, if they all do: only differences within the group matter.
     pairs are (chosen, rejected) indices of responses; a label is the probability that chosen wins.
     """
 
     rewards: Floats
-    lengths: Floats
+    lengths: NDArray[np.number]
     pairs: NDArray[np.int64]
     labels: Floats
     subset: str
 
 
-def evaluate(model: RewardModel, groups: Sequence[Group]) -> dict[str, Any]:
+def evaluate(
+    model: RewardModel, groups: Sequence[Group], *, progress: bool = False
+) -> dict[str, Any]:
     """Score groups of text and summarize; responses that cannot be scored are counted as failed."""
     rows = [
         Row(g.prompt, r, f) for g in groups for r, f in zip(g.responses, g.finished, strict=True)
     ]
     encoded = model.encode(rows)
-    rewards = model.collect(encoded, model.score_groups(encoded.groups)).values
-    lengths = np.full(len(rows), np.nan)
-    for group, owners in zip(encoded.groups, encoded.owners, strict=True):
-        lengths[owners] = [len(s) for s in group.suffixes]
+    rewards = model.collect(encoded, model.score_groups(encoded.groups, progress=progress)).values
     ends = np.cumsum([len(g.responses) for g in groups])[:-1]
     scored = [
         ScoredGroup(
@@ -53,7 +53,9 @@ def evaluate(model: RewardModel, groups: Sequence[Group]) -> dict[str, Any]:
             np.array([p.label for p in g.preferences]),
             g.subset,
         )
-        for g, r, n in zip(groups, np.split(rewards, ends), np.split(lengths, ends), strict=True)
+        for g, r, n in zip(
+            groups, np.split(rewards, ends), np.split(encoded.tokens, ends), strict=True
+        )
     ]
     return summarize(scored) | {"truncated": int(encoded.truncated.sum())}
 
@@ -63,7 +65,8 @@ def summarize(groups: Sequence[ScoredGroup]) -> dict[str, Any]:
 
     accuracy: share of pairs whose preferred response has the higher reward (a tie is half right).
     best_of_n: share of groups whose highest reward is on a response that no other is preferred to,
-    over groups of three and more. margin: mean of preferred minus other. loss: Bradley-Terry.
+    over groups of three and more (equal rewards count by their share). margin: mean of preferred
+    minus other. loss: Bradley-Terry.
     ece: expected calibration error of sigmoid(margin), ten bins of equal width (Guo et al. 2017).
     length_correlation: Pearson's, of reward and response tokens within groups.
     reward_mean, reward_std: over all responses. subsets: accuracy and pairs of each.
@@ -74,7 +77,7 @@ def summarize(groups: Sequence[ScoredGroup]) -> dict[str, Any]:
     margins = np.concatenate([m for parts in subsets.values() for m in parts])
     rewards = np.concatenate([g.rewards for g in groups]).astype(np.float64)
     finite = np.isfinite(rewards)
-    asked = sum(len(g.pairs) for g in groups)
+    asked = sum(int((g.labels != 0.5).sum()) for g in groups)
     return {
         "accuracy": _accuracy(margins),
         "pairs": len(margins),
@@ -125,9 +128,10 @@ def _best_of_n(groups: Sequence[ScoredGroup]) -> float | None:
     for group in groups:
         if len(group.rewards) < 3 or not np.isfinite(group.rewards).all():
             continue
-        wins = group.labels > 0.5
-        beaten = {*group.pairs[wins, 1], *group.pairs[~wins, 0]}
-        hits.append(int(group.rewards.argmax()) not in beaten)
+        chosen, rejected = group.pairs.T
+        beaten = [*rejected[group.labels > 0.5], *chosen[group.labels < 0.5]]
+        best = np.flatnonzero(group.rewards == group.rewards.max())
+        hits.append(1 - np.isin(best, beaten).mean())
     return float(np.mean(hits)) if hits else None
 
 

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from pyarrow import fs
+from pyarrow import ArrowInvalid, fs
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rayrm.errors import ExportError
@@ -67,7 +67,7 @@ def read_export(path: str | Path) -> tuple[Path, Export]:
     record = directory / RECORD
     if not record.exists():
         raise ExportError(f"no export at {directory.resolve()}: looked for {RECORD} in it")
-    export = _parse(record)
+    export = _parse(record.read_bytes(), record)
     pickled = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
     if pickled:
         raise ExportError(
@@ -83,17 +83,23 @@ def read_export(path: str | Path) -> tuple[Path, Export]:
     return directory, export
 
 
-def _parse(record: Path) -> Export:
+def _parse(content: bytes, where: object) -> Export:
     try:
-        values = json.loads(record.read_text())
+        values = json.loads(content)
         if values["format_version"] > FORMAT_VERSION:
             raise ExportError(
-                f"{record} has format version {values['format_version']}; this rayrm reads up to "
+                f"{where} has format version {values['format_version']}; this rayrm reads up to "
                 f"{FORMAT_VERSION}: install a newer rayrm"
             )
         return Export(**values)
-    except (json.JSONDecodeError, KeyError, TypeError, ValidationError) as error:
-        raise ExportError(f"{record} is damaged: {error}") from None
+    except (
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        KeyError,
+        TypeError,
+        ValidationError,
+    ) as error:
+        raise ExportError(f"{where} is damaged: {error}") from None
 
 
 def hash_weights(directory: Path) -> str:
@@ -148,7 +154,10 @@ directory as `AutoModelForSequenceClassification`; pass `dtype="float32"` to kee
 
 def _fetch(uri: str) -> Path:
     """Copy a remote export into the user's cache, once per content."""
-    remote, path = fs.FileSystem.from_uri(uri)
+    try:
+        remote, path = fs.FileSystem.from_uri(uri)
+    except ArrowInvalid as error:
+        raise ExportError(f"no export at {uri}: {error}") from None
     if remote.get_file_info(f"{path}/{RECORD}").type == fs.FileType.NotFound:
         raise ExportError(f"no export at {uri}: looked for {RECORD} in it")
     with remote.open_input_file(f"{path}/{RECORD}") as record:
@@ -163,7 +172,10 @@ def _fetch(uri: str) -> Path:
 
 
 def publish(directory: Path, target: str) -> None:
-    """Move a finished export to its place: by one rename, or remotely with rayrm.json last."""
+    """Move a finished export to its place: by one rename, or remotely with rayrm.json last.
+
+    Raises ExportError where something else has that place, and says where the export is instead.
+    """
     if "://" not in target:
         staged = Path(target).with_name(f".{Path(target).name}.{os.getpid()}")
         shutil.move(directory, staged)
@@ -171,7 +183,12 @@ def publish(directory: Path, target: str) -> None:
         return
     remote, path = fs.FileSystem.from_uri(target)
     record = (directory / RECORD).read_bytes()
+    if remote.get_file_info(f"{path}/{RECORD}").type != fs.FileType.NotFound:
+        with remote.open_input_file(f"{path}/{RECORD}") as published:
+            _check_same(published.read(), record, target, directory)
+        return
     (directory / RECORD).unlink()
+    remote.create_dir(path, recursive=True)
     fs.copy_files(str(directory), path, destination_filesystem=remote)
     with remote.open_output_stream(f"{path}/{RECORD}") as out:
         out.write(record)
@@ -181,6 +198,16 @@ def _rename(source: Path, target: Path) -> None:
     try:
         source.rename(target)
     except OSError:
-        if not (target / RECORD).exists():
+        if not target.exists():
             raise
+        there = target / RECORD
+        published = there.read_bytes() if there.exists() else b""
+        _check_same(published, (source / RECORD).read_bytes(), target, source)
         shutil.rmtree(source)  # another process published the same export first
+
+
+def _check_same(published: bytes, record: bytes, target: object, kept: Path) -> None:
+    if not published or _parse(published, target).version != _parse(record, kept).version:
+        raise ExportError(
+            f"{target} exists and is not this export, which is at {kept}: move one of them away"
+        )

@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 
 Figures = dict[str, Any]
 
+# Elements. DeepSpeed's default of 5e8 is a buffer of 2 GB for every rank, however small the model.
+BUCKET = 50_000_000
+
 
 def train_loop(values: dict[str, Any]) -> Figures:
     """One rank of the run. Returns its history and what was done to the data."""
@@ -276,7 +279,11 @@ def start_engine(config: TrainConfig, model: PreTrainedModel) -> deepspeed.DeepS
         "train_micro_batch_size_per_gpu": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": train.clip,
-        "zero_optimization": {"stage": config.deepspeed.zero_stage},
+        "zero_optimization": {
+            "stage": config.deepspeed.zero_stage,
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
+        },
         "zero_allow_untested_optimizer": True,
     }
     deepspeed.utils.logger.setLevel(logging.WARNING)

@@ -128,6 +128,10 @@ def share_packs(costs: Sequence[int], world_size: int, budget: int) -> list[list
     """
     micro_batches = -(-len(plan_packs(costs, budget)) // world_size)
     bins = balance(costs, micro_batches * world_size)
+    # Filled evenly instead of tightly, a few groups may need a round more to keep the budget.
+    while any(len(batch) > 1 and sum(costs[i] for i in batch) > budget for batch in bins):
+        micro_batches += 1
+        bins = balance(costs, micro_batches * world_size)
     return [bins[rank::world_size] for rank in range(world_size)]
 
 

@@ -1,400 +1,40 @@
-"""The sample preferences of the quickstart: short questions, graded answers, noisy labels.
+"""The sample preferences of the quickstart: short questions, graded responses, noisy labels.
 
-Every question makes two demands (name a capital, and it is France's; list fruits, and three of
-them). The quality of a response is the number of demands that it meets: 0, 1 or 2. A question comes
-with four responses, of qualities 2, 1, 1 and 0, and each pair of unequal ones is a record whose
-label is drawn from a Bradley-Terry model over the qualities.
+Every question makes two demands (a capital, and the one of France; fruits, and three of them), and
+the quality of a response is the number of demands that it meets: 0, 1 or 2. A question comes with
+four responses, of qualities 2, 1, 1 and 0; each two of unequal quality are a record, whose label is
+drawn from a Bradley-Terry model over the qualities.
 
-The words of a response say nothing without its prompt: what is wrong for one question is right for
-another, equally often and in the same frames. Held-out questions are about entities that training
-never shows, in phrasings that it never shows; what the base model knew is all there is to go by.
+The words of a response say nothing without its prompt: what is wrong here is right elsewhere, as
+often and in the same frames. Held-out questions are about entities that training never shows, in
+phrasings that it never shows, so all there is to go by is what the base model knew.
 
 Knows nothing of tokenizers, of models, or of how records become groups.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from rayrm.errors import ConfigError
 
 Record = dict[str, Any]
+Split = Literal["train", "test"]
 Demand = Callable[[str], bool]
 
 # Log-odds that a response wins against one that meets one demand less.
 GAP = 3.0
-# Share of every bank that only held-out questions use.
-HELD_OUT = 0.3
-
-CAPITALS = """
-France Paris, Germany Berlin, Italy Rome, Spain Madrid, Portugal Lisbon, Greece Athens, Austria Vienna,
-Poland Warsaw, Hungary Budapest, Ireland Dublin, England London, Scotland Edinburgh, Norway Oslo,
-Sweden Stockholm, Denmark Copenhagen, Finland Helsinki, Iceland Reykjavik, Russia Moscow, Ukraine Kyiv,
-Belgium Brussels, Switzerland Bern, Netherlands Amsterdam, Romania Bucharest, Bulgaria Sofia,
-Serbia Belgrade, Croatia Zagreb, Albania Tirana, Turkey Ankara, Egypt Cairo, Morocco Rabat,
-Libya Tripoli, Kenya Nairobi, Ethiopia Addis_Ababa, Uganda Kampala, Ghana Accra, Nigeria Abuja,
-Senegal Dakar, Angola Luanda, Zimbabwe Harare, Zambia Lusaka, Somalia Mogadishu, Sudan Khartoum,
-Iran Tehran, Iraq Baghdad, Israel Jerusalem, Lebanon Beirut, Syria Damascus, Jordan Amman,
-Saudi_Arabia Riyadh, Qatar Doha, Afghanistan Kabul, Pakistan Islamabad, India New_Delhi,
-Nepal Kathmandu, Bangladesh Dhaka, China Beijing, Japan Tokyo, South_Korea Seoul,
-North_Korea Pyongyang, Taiwan Taipei, Thailand Bangkok, Vietnam Hanoi, Indonesia Jakarta,
-Malaysia Kuala_Lumpur, Philippines Manila, Mongolia Ulaanbaatar, Australia Canberra,
-New_Zealand Wellington, Canada Ottawa, Cuba Havana, Jamaica Kingston, Peru Lima, Chile Santiago,
-Argentina Buenos_Aires, Colombia Bogota, Venezuela Caracas, Ecuador Quito, Uruguay Montevideo,
-Bolivia La_Paz, Rwanda Kigali, Latvia Riga, Armenia Yerevan, Georgia Tbilisi, Cyprus Nicosia,
-Madagascar Antananarivo, Mozambique Maputo, Tanzania Dodoma, Mali Bamako, Haiti Port-au-Prince
-"""
-
-OPPOSITES = """
-hot cold, big small, fast slow, happy sad, rich poor, hard soft, loud quiet, full empty, wet dry,
-strong weak, wide narrow, thick thin, deep shallow, early late, near far, always never,
-everything nothing, love hate, friend enemy, war peace, east west, north south, borrow lend,
-push pull, end start, laugh cry, arrive depart, accept reject, attack defend, create destroy,
-increase decrease, expand contract, remember forget, succeed fail, enter exit, rise sink,
-success failure, victory defeat, birth death, front back, top bottom, maximum minimum,
-positive negative, plus minus, male female, brave cowardly, generous stingy, polite rude, kind cruel,
-calm nervous, lazy hardworking, smart stupid, beautiful ugly, cheap expensive, safe dangerous,
-simple complicated, easy difficult, smooth rough, sharp blunt, sweet sour, fresh stale, raw cooked,
-tight loose, straight crooked, alive dead, awake asleep, present absent, public private,
-guilty innocent, modern ancient, natural artificial, common rare, visible invisible,
-possible impossible, optimistic pessimistic, major minor, vertical horizontal, import export,
-hero villain, heaven hell, true false, good bad, temporary permanent, profit loss, include exclude,
-heavy light, young old, day night, summer winter, left right, inside outside, buy sell, clean dirty
-"""
-
-CATEGORIES = """
-fruit fruits: apple banana pear peach plum cherry mango grape lemon strawberry
-vegetable vegetables: carrot potato onion cabbage spinach broccoli cucumber lettuce celery turnip
-animal animals: cow pig sheep goat horse donkey tiger wolf monkey leopard camel rabbit
-bird birds: eagle sparrow owl parrot pigeon swan hawk robin crow
-fish fish: salmon tuna trout cod sardine herring mackerel carp
-insect insects: ant bee butterfly mosquito beetle wasp moth grasshopper
-tree trees: oak pine maple birch willow cedar elm spruce
-flower flowers: tulip daisy lily sunflower orchid daffodil violet
-color colors: red blue green yellow purple brown white black pink gray
-metal metals: iron gold silver copper aluminum tin zinc nickel titanium
-gas gases: oxygen nitrogen hydrogen helium methane neon argon
-planet planets: Mars Venus Jupiter Saturn Neptune Mercury Uranus
-vehicle vehicles: car bus truck train bicycle motorcycle taxi tram
-tool tools: screwdriver wrench drill pliers chisel saw
-weapon weapons: sword gun spear rifle dagger pistol cannon
-piece_of_furniture pieces_of_furniture: chair table sofa bed desk wardrobe bookcase couch
-piece_of_clothing pieces_of_clothing: shirt trousers jacket coat sweater skirt dress jeans
-drink drinks: coffee tea juice milk water lemonade beer wine
-spice spices: pepper cinnamon ginger turmeric cumin nutmeg paprika
-musical_instrument musical_instruments: piano guitar violin trumpet flute drum cello clarinet harp
-sport sports: football tennis basketball hockey golf baseball volleyball rugby
-part_of_the_body parts_of_the_body: arm leg hand foot knee elbow shoulder neck heart liver
-day_of_the_week days_of_the_week: Monday Tuesday Wednesday Thursday Friday Saturday Sunday
-month months: January February April June July August October December
-shape shapes: circle square triangle rectangle pentagon hexagon oval
-language languages: English French Spanish German Italian Russian Arabic Chinese
-religion religions: Christianity Islam Buddhism Hinduism Judaism Sikhism
-family_member family_members: mother father sister brother aunt uncle cousin grandmother
-emotion emotions: anger fear joy sadness jealousy disgust surprise
-kind_of_weather kinds_of_weather: rain snow fog wind hail thunder
-room_of_a_house rooms_of_a_house: kitchen bedroom bathroom attic basement hallway
-building buildings: church castle museum hotel palace temple
-school_subject school_subjects: mathematics geography chemistry physics algebra economics
-"""
-
-DEFINITIONS = """
-someone who flies planes: pilot; someone who bakes bread: baker; someone who teaches pupils: teacher;
-someone who puts out fires: firefighter; someone who cuts hair: barber; someone who fixes teeth: dentist;
-someone who grows crops: farmer; someone who writes books: author; someone who paints pictures: painter;
-someone who mends pipes: plumber; someone who designs houses: architect; someone who sells meat: butcher;
-someone who treats sick pets: veterinarian; someone who makes clothes: tailor; someone who works in a mine: miner;
-someone who studies stars: astronomer; someone who travels in space: astronaut; someone who acts in films: actor;
-someone who serves meals: waiter; someone who steals things: thief; someone who wears a crown and rules: king;
-someone who takes photographs: photographer; someone who defends people in court: lawyer;
-someone who decides cases in court: judge; someone who operates on patients: surgeon;
-someone who writes poems: poet; someone who leads an orchestra: conductor; someone who catches criminals: detective;
-someone who fights in an army: soldier; someone who cooks for a restaurant: chef; someone who rides in races: jockey;
-someone who reports the news: journalist; someone who eats no meat: vegetarian; someone whose parents died: orphan;
-a woman whose husband died: widow; a young dog: puppy; a young cat: kitten; a young sheep: lamb; a young cow: calf;
-a young chicken: chick; a young frog: tadpole; a young bear: cub; a young horse: foal; the meat of a pig: pork;
-the meat of a cow: beef; frozen water: ice; the house of a bird: nest; the house of a spider: web; the house of a bee: hive;
-what bees make: honey; what hens lay: eggs; the season after summer: autumn; the light after dark: dawn;
-a place where planes land: airport; a place where trains stop: station; a place where ships dock: harbor;
-a place with books to borrow: library; a place where the sick are treated: hospital; a place where money is kept: bank;
-a place where films are shown: cinema; a place where criminals are locked up: prison; a place to keep cars: garage;
-a place where the dead are buried: cemetery; a place where wine is made: winery; a place to buy medicine: pharmacy;
-a dry place full of sand: desert; a mountain that erupts: volcano; land with water all around: island;
-a large group of trees: forest; water that falls over a cliff: waterfall; a river of ice: glacier;
-a hole in a mountain: cave; the edge of the sea: beach; a storm that spins: tornado; the shaking of the ground: earthquake;
-colours in the sky after rain: rainbow; a tool for driving nails: hammer; a tool for cutting paper: scissors;
-a tool for digging: shovel; a tool for sweeping: broom; a device that tells the time: clock;
-a device for taking pictures: camera; a device for seeing far things: telescope; a device for seeing tiny things: microscope;
-a device that measures heat: thermometer; a device that shows north: compass; a thing to keep off the rain: umbrella;
-a thing to sleep on: mattress; a thing to dry yourself: towel; a thing to clean teeth: toothbrush;
-a thing to write on a blackboard: chalk; a thing to open a lock: key; a thing you look into to see yourself: mirror;
-a thing to help you see better: glasses; a thing worn on the hand in winter: glove; a thing worn on the head: hat;
-a thing worn on the finger: ring; a thing that lights a room: lamp; a thing to cross a river: bridge;
-a glass house for plants: greenhouse; a hundred years: century; ten years: decade; sixty minutes: hour; sixty seconds: minute;
-seven days: week; twelve months: year; twelve things: dozen; two babies born together: twins;
-the centre of an atom: nucleus; the star that warms us: sun; the force that makes things fall: gravity;
-the study of living things: biology; the study of the past: history; the red liquid in the body: blood;
-the bones of a body: skeleton; a fear of something: phobia; a book of words and meanings: dictionary;
-a book of maps: atlas; a story of one's own life: autobiography; a test at school: exam; a meal in the morning: breakfast;
-a meal at noon: lunch; a meal in the open air: picnic; a day off work: holiday; a dream that scares: nightmare;
-the day one was born: birthday; a party for getting married: wedding; a doll moved by strings: puppet;
-an animal with a trunk: elephant; an animal with a very long neck: giraffe; an animal with black and white stripes: zebra;
-an animal with a pouch: kangaroo; an animal with eight arms: octopus; a bird that cannot fly but swims: penguin;
-a reptile with a shell: turtle; a long reptile with no legs: snake; a cat with a mane: lion; an insect that makes silk: silkworm
-"""
-
-VERBS = """
-go went going, see saw seeing, eat ate eating, drink drank drinking, sing sang singing, swim swam swimming,
-run ran running, write wrote writing, drive drove driving, ride rode riding, speak spoke speaking,
-break broke breaking, choose chose choosing, steal stole stealing, wake woke waking, take took taking,
-give gave giving, come came coming, know knew knowing, grow grew growing, throw threw throwing,
-fly flew flying, draw drew drawing, blow blew blowing, think thought thinking, buy bought buying,
-bring brought bringing, catch caught catching, teach taught teaching, fight fought fighting,
-find found finding, hold held holding, stand stood standing, tell told telling, sell sold selling,
-feel felt feeling, keep kept keeping, sleep slept sleeping, leave left leaving, meet met meeting,
-send sent sending, spend spent spending, build built building, lose lost losing, win won winning,
-begin began beginning, ring rang ringing, sit sat sitting, shoot shot shooting, lead led leading,
-hear heard hearing, say said saying, pay paid paying, make made making, walk walked walking,
-play played playing, jump jumped jumping, cook cooked cooking, dance danced dancing, work worked working,
-smile smiled smiling, help helped helping, climb climbed climbing, talk talked talking,
-clean cleaned cleaning, carry carried carrying, study studied studying, stop stopped stopping,
-plan planned planning, travel traveled traveling, shout shouted shouting, open opened opening,
-watch watched watching, wash washed washing, paint painted painting, listen listened listening,
-hide hid hiding, bite bit biting, dig dug digging, shake shook shaking, fall fell falling, forget forgot forgetting
-"""
-
-NAMES = """
-Anna Ben Clara David Emma Frank Grace Henry Iris Jack Kate Leo Maria Nick Olivia Peter Quinn Ruth Sam Tina
-Victor Wendy Adam Bella Carl Diana Eric Fiona George Helen Ivan Julia Kevin Laura Mark Nora Oscar Paula
-Robert Sarah Thomas Vera Walter Alice Brian Cathy Daniel Edith Felix Gina Hugo Jane Karl Linda Martin Nancy
-Paul Rachel Simon Susan
-"""
-
-OBJECTS = """
-key coin basket candle ladder bottle kite pencil wallet suitcase blanket pillow bucket balloon rope lantern
-magnet ticket notebook envelope button ribbon bracelet necklace helmet backpack kettle teapot spoon fork
-plate bowl mug jar vase clock broom sponge soap whistle map postcard puzzle doll ball stamp shell feather
-stone leaf cushion carpet curtain brush comb razor needle scarf belt sandal boot
-"""
-
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
-
-# What a right and a wrong answer are wrapped in alike: (training, held out).
-FRAMES = (
-    ("{}", "{}.", "It is {}.", "The answer is {}."),
-    ("That is {}.", "I would say {}.", "My answer: {}."),
-)
-LIST_FRAMES = (("{}", "{}.", "Sure: {}."), ("Here you go: {}.", "My list: {}"))
-
-# skill → (training, held out) phrasings.
-PHRASINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "capital": (
-        (
-            "What is the capital of {}?",
-            "Name the capital city of {}.",
-            "Which city is the capital of {}?",
-            "{}: what is its capital?",
-            "Tell me the capital of {}.",
-        ),
-        (
-            "Which city does the government of {} sit in, being its capital?",
-            "I am learning capitals. What is the one of {}?",
-            "Do you know {}'s capital city?",
-        ),
-    ),
-    "opposite": (
-        (
-            "What is the opposite of {}?",
-            "Give me the opposite of the word {}.",
-            "Which word is the opposite of {}?",
-            "Name an antonym of {}.",
-            "What is the contrary of {}?",
-        ),
-        (
-            "If something is not {}, but the reverse, what is it?",
-            "Find the word that means the reverse of {}.",
-            "{} has an opposite. Which word?",
-        ),
-    ),
-    "definition": (
-        (
-            "What do you call {}?",
-            "Which word means {}?",
-            "What is the word for {}?",
-            "Name this: {}.",
-            "How do we call {} in English?",
-        ),
-        (
-            "I am thinking of {}. Guess the word.",
-            "Crossword clue: {}. Solve it.",
-            "What noun describes {}?",
-        ),
-    ),
-    "choice": (
-        (
-            "Which of these is a {kind}: {options}?",
-            "Pick the {kind}: {options}.",
-            "One of these is a {kind}: {options}. Which?",
-            "Choose the {kind} from: {options}.",
-        ),
-        (
-            "Only one of the following is a {kind}: {options}. Say it.",
-            "Look at {options}. Find the {kind} among them.",
-        ),
-    ),
-    "list": (
-        (
-            "List {number} {kinds}.",
-            "Name {number} {kinds}.",
-            "Give me {number} {kinds}.",
-            "I need {number} {kinds}.",
-        ),
-        (
-            "Could you tell me {number} {kinds}, please?",
-            "Write down {number} {kinds}.",
-        ),
-    ),
-    "past": (
-        (
-            "What is the past tense of {}?",
-            "Give the past form of {}.",
-            "Fill in a form of {}: yesterday we ___ there.",
-            "Last week she ___ (verb: {}).",
-        ),
-        (
-            "Put the verb {} into the simple past.",
-            "It happened a long time ago: I ___ it. Use {}.",
-        ),
-    ),
-    "ing": (
-        (
-            "What is the -ing form of {}?",
-            "Give the present participle of {}.",
-            "Fill in a form of {}: right now we are ___.",
-            "At the moment she is ___ (verb: {}).",
-        ),
-        (
-            "Put the verb {} into the gerund.",
-            "It is happening now: I am ___ it. Use {}.",
-        ),
-    ),
-    "who": (
-        (
-            "{0} has a {3}, {1} has a {4} and {2} has a {5}. Who has the {6}?",
-            "{0} found a {3}. {1} found a {4}. {2} found a {5}. Who found the {6}?",
-            "{0} bought a {3}, {1} a {4}, {2} a {5}. Who bought the {6}?",
-        ),
-        (
-            "The {3} belongs to {0}, the {4} to {1}, the {5} to {2}. Whose is the {6}?",
-            "{0} lost a {3}, while {1} lost a {4} and {2} lost a {5}. Who misses the {6}?",
-        ),
-    ),
-    "sum": (
-        (
-            "What is {} plus {}?",
-            "{} + {} = ?",
-            "Add {} and {}.",
-            "How much is {} + {}?",
-        ),
-        (
-            "Compute the sum of {} and {}.",
-            "I have {} apples and get {} more. How many do I have?",
-        ),
-    ),
-}
-
-# format → (how two words look in it, how to recognise it, training phrasings, held-out phrasings).
-FORMATS: dict[str, tuple[Callable[[str, str], str], str, tuple[str, ...], tuple[str, ...]]] = {
-    "capitals": (
-        lambda a, b: f"{a}, {b}".upper(),
-        r"[^a-z]+",
-        (
-            "Write {} and {} in capital letters.",
-            "Type {} and {} in all caps.",
-            "Repeat {} and {} with every letter capitalized.",
-        ),
-        ("Put {} and {} in upper case.", "Shout the words {} and {} in big letters."),
-    ),
-    "bullets": (
-        lambda a, b: f"- {a}\n- {b}",
-        r"- .+\n- .+",
-        (
-            "Write {} and {} as a bulleted list.",
-            "Make bullet points of {} and {}.",
-            "Repeat {} and {}, each after a dash on its own line.",
-        ),
-        ("Put {} and {} in a list with bullets.", "Show {} and {} as two bullet points."),
-    ),
-    "numbers": (
-        lambda a, b: f"1. {a}\n2. {b}",
-        r"1\. .+\n2\. .+",
-        (
-            "Write {} and {} as a numbered list.",
-            "Number these items: {} and {}.",
-            "Repeat {} and {}, numbered from one to two.",
-        ),
-        ("Put {} and {} in a list with numbers.", "Show {} and {} as items 1 and 2."),
-    ),
-    "quotes": (
-        lambda a, b: f'"{a}", "{b}"',
-        r'"[^"]+", "[^"]+"',
-        (
-            "Write {} and {} in quotation marks.",
-            "Put quotes around {} and {}.",
-            "Repeat {} and {}, each between double quotes.",
-        ),
-        ("Quote the words {} and {}.", "Show {} and {} inside quotation marks."),
-    ),
-    "brackets": (
-        lambda a, b: f"({a}), ({b})",
-        r"\([^()]+\), \([^()]+\)",
-        (
-            "Write {} and {} in brackets.",
-            "Put parentheses around {} and {}.",
-            "Repeat {} and {}, each between round brackets.",
-        ),
-        ("Enclose {} and {} in parentheses.", "Show {} and {} inside brackets."),
-    ),
-    "exclamation": (
-        lambda a, b: f"{a}! {b}!",
-        r"[^!]+! [^!]+!",
-        (
-            "Write {} and {} with exclamation marks.",
-            "Put an exclamation mark after {} and after {}.",
-            "Repeat {} and {}, each followed by an exclamation point.",
-        ),
-        ("Exclaim {} and {}.", "Show {} and {} ending in an exclamation mark."),
-    ),
-}
-
-
-def _words(text: str) -> list[str]:
-    return [word.replace("_", " ") for word in text.split()]
-
-
-def _facts(text: str) -> list[tuple[str, ...]]:
-    return [tuple(_words(fact)) for fact in text.split(",")]
-
-
-def _definitions(text: str) -> list[tuple[str, str]]:
-    pairs = (fact.split(":") for fact in text.split(";"))
-    return [(" ".join(clue.split()), word.strip()) for clue, word in pairs]
-
-
-def _categories(text: str) -> list[tuple[str, str, tuple[str, ...]]]:
-    rows = (line.split(":") for line in text.strip().splitlines())
-    return [(*_words(names), tuple(_words(members))) for names, members in rows]  # type: ignore[misc]
-
-
-def mentions(words: Iterable[str]) -> Demand:
-    """A demand: the response holds one of ``words`` as a whole word, in any case."""
-    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
-    return lambda response: pattern.search(response) is not None
+# Share of every bank of facts that is left to the test split.
+HELD_OUT = 0.25
 
 
 @dataclass(frozen=True)
@@ -403,250 +43,672 @@ class Question:
 
     skill: str
     prompt: str
-    responses: tuple[str, str, str, str]
     demands: tuple[Demand, Demand]
+    responses: tuple[str, ...]
 
     def quality(self, response: str) -> int:
-        """Number of demands that ``response`` meets: 0, 1 or 2."""
+        """Number of demands that ``response`` meets: 0, 1 or 2. Any text can be judged."""
         return sum(demand(response) for demand in self.demands)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What one split may ask about and answer with, and the index of its phrasings."""
+    """What the questions of one split are about. No entity is in the facts of both splits."""
 
-    split: int
-    capitals: list[tuple[str, ...]]
-    opposites: list[tuple[str, ...]]
-    definitions: list[tuple[str, str]]
-    categories: list[tuple[str, str, tuple[str, ...]]]
-    verbs: list[tuple[str, ...]]
-    names: list[str]
+    split: Split
+    # skill → what is asked and its answer
+    pairs: dict[str, list[tuple[str, str]]]
+    # singular, plural, members
+    categories: list[tuple[str, str, list[str]]]
+    # infinitive, past, participle
+    verbs: list[tuple[str, str, str]]
     objects: list[str]
-    sums: list[tuple[int, int]]
-
-    def phrase(self, rng: random.Random, skill: str) -> str:
-        return rng.choice(PHRASINGS[skill][self.split])
-
-    def framed(self, rng: random.Random, answers: Iterable[str]) -> tuple[str, ...]:
-        return tuple(rng.choice(FRAMES[self.split]).format(answer) for answer in answers)
-
-    def stray(self, rng: random.Random, skill: str) -> str:
-        """A right answer to some question of another skill."""
-        banks = {
-            "capital": [capital for _, capital in self.capitals],
-            "opposite": [word for pair in self.opposites for word in pair],
-            "definition": [word for _, word in self.definitions],
-        }
-        return rng.choice(banks[rng.choice([other for other in banks if other != skill])])
 
 
-def split_facts(seed: int) -> tuple[Facts, Facts]:
-    """The facts for training and the held-out ones; no word of the latter is in the former."""
-    rng = random.Random(seed)
-    banks: dict[str, list[Any]] = {
-        "capitals": _facts(CAPITALS),
-        "opposites": _facts(OPPOSITES),
-        "definitions": _definitions(DEFINITIONS),
-        "categories": _categories(CATEGORIES),
-        "verbs": _facts(VERBS),
-        "names": _words(NAMES),
-        "objects": _words(OBJECTS),
-        "sums": [(a, b) for a in range(1, 13) for b in range(1, 13) if a <= b],
-    }
-    train: dict[str, list[Any]] = {}
-    held_out: dict[str, list[Any]] = {}
-    for name, bank in banks.items():
-        rng.shuffle(bank)
-        cut = round(HELD_OUT * len(bank))
-        held_out[name], train[name] = bank[:cut], bank[cut:]
-    return Facts(split=0, **train), Facts(split=1, **held_out)
+def write_sample(
+    directory: Path, *, seed: int = 0, train_groups: int = 1600, test_groups: int = 200
+) -> tuple[Path, Path]:
+    """Write ``train.jsonl`` and ``test.jsonl`` to ``directory`` and return their paths."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = directory / "train.jsonl", directory / "test.jsonl"
+    for path, records in zip(paths, generate(seed, train_groups, test_groups), strict=True):
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return paths
 
 
-def ask_capital(rng: random.Random, facts: Facts) -> Question:
-    (country, right), (_, other), (_, another) = rng.sample(facts.capitals, 3)
-    prompt = facts.phrase(rng, "capital").format(country)
-    answers = facts.framed(rng, (right, other, another, facts.stray(rng, "capital")))
-    anywhere = mentions(capital for _, capital in facts.capitals)
-    return Question("capital", prompt, answers, (anywhere, mentions([right])))
+def generate(seed: int, train_groups: int, test_groups: int) -> tuple[list[Record], list[Record]]:
+    """Training and held-out records, five for each group (prompt), grouped and in order.
 
-
-def ask_opposite(rng: random.Random, facts: Facts) -> Question:
-    pairs = [rng.sample(pair, 2) for pair in rng.sample(facts.opposites, 3)]
-    (word, right), (_, other), (_, another) = pairs
-    prompt = facts.phrase(rng, "opposite").format(word)
-    answers = facts.framed(rng, (right, other, another, facts.stray(rng, "opposite")))
-    known = mentions(word for pair in facts.opposites for word in pair)
-    return Question("opposite", prompt, answers, (known, mentions([right])))
-
-
-def ask_definition(rng: random.Random, facts: Facts) -> Question:
-    (clue, right), (_, other), (_, another) = rng.sample(facts.definitions, 3)
-    prompt = facts.phrase(rng, "definition").format(clue)
-    answers = facts.framed(rng, (right, other, another, facts.stray(rng, "definition")))
-    known = mentions(word for _, word in facts.definitions)
-    return Question("definition", prompt, answers, (known, mentions([right])))
-
-
-def ask_choice(rng: random.Random, facts: Facts) -> Question:
-    (kind, _, members), *others = rng.sample(facts.categories, 4)
-    right, unlisted = rng.sample(members, 2)
-    wrong, wrong_too, unlisted_too = (rng.choice(members) for _, _, members in others)
-    options = [right, wrong, wrong_too]
-    rng.shuffle(options)
-    listing = f"{options[0]}, {options[1]} or {options[2]}"
-    prompt = facts.phrase(rng, "choice").format(kind=kind, options=listing)
-    answers = facts.framed(rng, (right, wrong, unlisted, unlisted_too))
-    return Question("choice", prompt, answers, (mentions(options), mentions(members)))
-
-
-def ask_list(rng: random.Random, facts: Facts) -> Question:
-    (_, kinds, members), (_, _, strangers) = rng.sample(facts.categories, 2)
-    right, wrong = rng.sample(range(2, 6), 2)
-    prompt = facts.phrase(rng, "list").format(number=NUMBERS[right], kinds=kinds)
-    lists = (
-        rng.sample(members, right),
-        rng.sample(members, wrong),
-        rng.sample(strangers, right),
-        rng.sample(strangers, wrong),
-    )
-    frames = LIST_FRAMES[facts.split]
-    answers = tuple(rng.choice(frames).format(", ".join(items)) for items in lists)
-    return Question(
-        "list", prompt, answers, (mentions(members), lambda r: len(r.split(", ")) == right)
+    Records are in TRL's conversational preference format, with the skill as ``subset``.
+    """
+    return (
+        [
+            record
+            for question in questions(seed, "train", train_groups)
+            for record in _records(seed, question)
+        ],
+        [
+            record
+            for question in questions(seed, "test", test_groups)
+            for record in _records(seed, question)
+        ],
     )
 
 
-def ask_form(rng: random.Random, facts: Facts) -> Question:
-    (verb, *right), (_, *wrong) = rng.sample(facts.verbs, 2)
-    form = rng.randrange(2)
-    prompt = facts.phrase(rng, ("past", "ing")[form]).format(verb)
-    answers = facts.framed(rng, (right[form], right[1 - form], wrong[form], wrong[1 - form]))
-    return Question(
-        "form",
-        prompt,
-        answers,
-        (mentions(right), mentions(verb[1 + form] for verb in facts.verbs)),
-    )
-
-
-def ask_who(rng: random.Random, facts: Facts) -> Question:
-    people = rng.sample(facts.names, 4)
-    objects = rng.sample(facts.objects, 3)
-    asked = rng.randrange(3)
-    prompt = facts.phrase(rng, "who").format(*people[:3], *objects, objects[asked])
-    right = people[asked]
-    others = [person for person in people[:3] if person != right]
-    answers = facts.framed(rng, (right, *others, people[3]))
-    return Question("who", prompt, answers, (mentions(people[:3]), mentions([right])))
-
-
-def ask_sum(rng: random.Random, facts: Facts) -> Question:
-    a, b = rng.sample(rng.choice(facts.sums), 2)
-    prompt = facts.phrase(rng, "sum").format(a, b)
-    total = a + b
-    close = [n for n in range(2, 25) if 1 <= abs(n - total) <= 2]
-    far = [n for n in range(2, 25) if abs(n - total) > 4]
-    numbers = (total, *rng.sample(close, 2), rng.choice(far))
-    answers = facts.framed(rng, map(str, numbers))
-    return Question("sum", prompt, answers, (mentions(map(str, [*close, total])), mentions([str(total)])))
-
-
-def ask_format(rng: random.Random, facts: Facts) -> Question:
-    a, b, c, d = rng.sample(facts.objects, 4)
-    right, wrong = rng.sample(sorted(FORMATS), 2)
-    look, pattern, *phrasings = FORMATS[right]
-    other_look = FORMATS[wrong][0]
-    prompt = rng.choice(phrasings[facts.split]).format(a, b)
-    answers = (look(a, b), other_look(a, b), look(c, d), other_look(c, d))
-    return Question(
-        "format", prompt, answers, (mentions([a, b]), lambda r: re.fullmatch(pattern, r) is not None)
-    )
-
-
-SKILLS: tuple[Callable[[random.Random, Facts], Question], ...] = (
-    ask_capital,
-    ask_opposite,
-    ask_definition,
-    ask_choice,
-    ask_list,
-    ask_form,
-    ask_who,
-    ask_sum,
-    ask_format,
-)
-
-
-def questions(rng: random.Random, facts: Facts, count: int) -> list[Question]:
+def questions(seed: int, split: Split, count: int) -> list[Question]:
     """``count`` questions with different prompts, the skills in turn."""
-    seen: set[str] = set()
-    asked: list[Question] = []
+    rng = random.Random(f"{seed} {split}")
+    facts = split_facts(seed)[split]
+    asked: dict[str, Question] = {}
+    misses = 0
     while len(asked) < count:
         question = SKILLS[len(asked) % len(SKILLS)](rng, facts)
-        if question.prompt not in seen:
-            seen.add(question.prompt)
-            asked.append(question)
-    return asked
+        misses = misses + 1 if question.prompt in asked else 0
+        if misses == 1000:
+            raise ConfigError(
+                f"{count} {split} groups are more than the sample has prompts for: "
+                f"{question.skill} ran out after {len(asked)}"
+            )
+        asked.setdefault(question.prompt, question)
+    return list(asked.values())
 
 
-def probability(better: int, worse: int) -> float:
-    """Bradley-Terry: the chance that a response of the first quality is preferred."""
+def preference(better: int, worse: int) -> float:
+    """Bradley-Terry probability that a response of quality ``better`` is the chosen one."""
     return 1 / (1 + math.exp(-GAP * (better - worse)))
 
 
-def records_of(rng: random.Random, question: Question) -> list[Record]:
-    """One record a pair of responses with unequal quality, in random order."""
-    graded = [(response, question.quality(response)) for response in question.responses]
+def _records(seed: int, question: Question) -> list[Record]:
+    rng = random.Random(f"{seed} {question.prompt}")
+    order = rng.sample(question.responses, len(question.responses))
     records = []
-    for i, (first, first_quality) in enumerate(graded):
-        for second, second_quality in graded[i + 1 :]:
-            if first_quality == second_quality:
+    for i, first in enumerate(order):
+        for second in order[i + 1 :]:
+            qualities = question.quality(first), question.quality(second)
+            if qualities[0] == qualities[1]:
                 continue
-            wins = rng.random() < probability(first_quality, second_quality)
-            chosen, rejected = (first, second) if wins else (second, first)
+            pair = (first, second) if rng.random() < preference(*qualities) else (second, first)
+            chosen, rejected = ([{"role": "assistant", "content": text}] for text in pair)
+            prompt = [{"role": "user", "content": question.prompt}]
             records.append(
-                {
-                    "prompt": [{"role": "user", "content": question.prompt}],
-                    "chosen": [{"role": "assistant", "content": chosen}],
-                    "rejected": [{"role": "assistant", "content": rejected}],
-                    "subset": question.skill,
-                }
+                {"prompt": prompt, "chosen": chosen, "rejected": rejected, "subset": question.skill}
             )
     return records
 
 
-def generate(seed: int, train_groups: int, test_groups: int) -> tuple[list[Record], list[Record]]:
-    train, test = [], []
-    for facts, count, records, name in zip(
-        split_facts(seed), (train_groups, test_groups), (train, test), ("train", "test"), strict=True
-    ):
-        rng = random.Random(f"{seed} {name}")
-        for question in questions(rng, facts, count):
-            records += records_of(rng, question)
-    return train, test
-
-
 def baseline_accuracy(train: list[Record], test: list[Record]) -> float:
-    from sklearn.feature_extraction.text import CountVectorizer
-    from sklearn.linear_model import LogisticRegression
+    """Held-out accuracy of what needs no prompt: words, pairs of words and length.
+
+    A logistic regression on the difference between the counts of the chosen and of the rejected
+    response. A pair that it cannot tell apart counts one half.
+    """
     import numpy as np
-    import scipy.sparse as sp
+    from sklearn.feature_extraction import DictVectorizer
+    from sklearn.linear_model import LogisticRegression
 
-    def texts(records, side):
-        return [r[side][0]["content"] for r in records]
+    def difference(record: Record) -> Counter[str]:
+        counts = _counts(record["chosen"][0]["content"])
+        counts.subtract(_counts(record["rejected"][0]["content"]))
+        return counts
 
-    counter = CountVectorizer(ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]", lowercase=False)
-    counter.fit(texts(train, "chosen") + texts(train, "rejected"))
-
-    def features(records):
-        sides = []
-        for side in ("chosen", "rejected"):
-            t = texts(records, side)
-            length = np.array([[len(x) / 10, len(x.split())] for x in t])
-            sides.append(sp.hstack([counter.transform(t), sp.csr_matrix(length)]).tocsr())
-        return sides[0] - sides[1]
-
-    x = features(train)
+    vectorizer = DictVectorizer()
+    features = vectorizer.fit_transform(map(difference, train))
+    labels = np.arange(len(train)) % 2
+    # Half of the pairs are turned round, or there would be one class.
     model = LogisticRegression(fit_intercept=False, max_iter=1000)
-    model.fit(sp.vstack([x, -x]), np.array([1] * x.shape[0] + [0] * x.shape[0]))
-    return float((model.decision_function(features(test)) > 0).mean())
+    model.fit(features.multiply(2 * labels[:, None] - 1).tocsr(), labels)
+    margins = model.decision_function(vectorizer.transform(map(difference, test)))
+    return float(np.mean(margins > 0) + np.mean(margins == 0) / 2)
+
+
+def _counts(response: str) -> Counter[str]:
+    words = re.findall(r"\w+|[^\w\s]", response)
+    pairs = (f"{first} {second}" for first, second in itertools.pairwise(words))
+    return Counter([*words, *pairs]) + Counter(
+        {"<words>": len(words), "<characters>": len(response)}
+    )
+
+
+# --- the skills ---------------------------------------------------------------------------------
+
+
+def ask_fact(skill: str, rng: random.Random, facts: Facts) -> Question:
+    """A capital, an opposite or a definition: right, two right elsewhere, one of another skill."""
+    (asked, right), (_, wrong), (_, wrong_too) = rng.sample(facts.pairs[skill], 3)
+    other_skill = rng.choice([other for other in facts.pairs if other != skill])
+    _, stray = rng.choice(facts.pairs[other_skill])
+    return Question(
+        skill,
+        _prompt(rng, facts, skill).format(asked),
+        (_mentions(answer for _, answer in facts.pairs[skill]), _mentions([right])),
+        _framed(rng, facts, right, wrong, wrong_too, stray),
+    )
+
+
+def ask_choice(rng: random.Random, facts: Facts) -> Question:
+    """Pick the member of a category: listed or not, a member or not."""
+    (kind, _, members), *others = rng.sample(facts.categories, 4)
+    right, unlisted = rng.sample(members, 2)
+    wrong, wrong_too, neither = (rng.choice(strangers) for _, _, strangers in others)
+    listed = rng.sample([right, wrong, wrong_too], 3)
+    article = "an" if kind[0] in "aeiou" else "a"
+    return Question(
+        "choice",
+        _prompt(rng, facts, "choice").format(", ".join(listed), kind=f"{article} {kind}"),
+        (_mentions(listed), _mentions(members)),
+        _framed(rng, facts, right, wrong, unlisted, neither),
+    )
+
+
+def ask_list(rng: random.Random, facts: Facts) -> Question:
+    """A number of things of a category: of the category or not, as many or not."""
+    (_, kinds, members), (_, _, strangers) = rng.sample(facts.categories, 2)
+    (number, right), (_, wrong) = rng.sample(
+        [("two", 2), ("three", 3), ("four", 4), ("five", 5)], 2
+    )
+    lists = [rng.sample(bank, size) for bank in (members, strangers) for size in (right, wrong)]
+    frames = LIST_FRAMES[facts.split]
+    return Question(
+        "list",
+        _prompt(rng, facts, "list").format(number, kinds),
+        (_mentions(members), lambda response: response.count(",") == right - 1),
+        tuple(rng.choice(frames).format(", ".join(items)) for items in lists),
+    )
+
+
+def ask_form(rng: random.Random, facts: Facts) -> Question:
+    """A form of a verb: of that verb or not, in that form or not."""
+    verb, other = rng.sample(facts.verbs, 2)
+    (form, skill), (wrong_form, _) = rng.sample([(1, "past"), (2, "participle")], 2)
+    return Question(
+        "form",
+        _prompt(rng, facts, skill).format(verb[0]),
+        (_mentions(verb), _mentions(any_verb[form] for any_verb in facts.verbs)),
+        _framed(rng, facts, verb[form], verb[wrong_form], other[form], other[wrong_form]),
+    )
+
+
+def ask_sentence(rng: random.Random, facts: Facts) -> Question:
+    """A kind of sentence with a word in it: with that word or not, of that kind or not."""
+    thing, other = rng.sample(facts.objects, 2)
+    kind, wrong_kind = rng.sample(sorted(SENTENCES), 2)
+    mark, prompts, _ = SENTENCES[kind]
+    wanted = [(thing, kind), (thing, wrong_kind), (other, kind), (other, wrong_kind)]
+    return Question(
+        "sentence",
+        rng.choice(prompts[facts.split]).format(thing),
+        (_mentions([thing]), lambda response: response.endswith(mark)),
+        tuple(rng.choice(SENTENCES[k][2][facts.split]).format(word) for word, k in wanted),
+    )
+
+
+def ask_format(rng: random.Random, facts: Facts) -> Question:
+    """Two words in a format: those words or not, that format or not."""
+    first, second, *others = rng.sample(facts.objects, 4)
+    right, wrong = rng.sample(sorted(FORMATS), 2)
+    look, pattern, prompts = FORMATS[right]
+    wrong_look, _, _ = FORMATS[wrong]
+    return Question(
+        "format",
+        rng.choice(prompts[facts.split]).format(first, second),
+        (_mentions([first, second]), lambda response: bool(re.fullmatch(pattern, response))),
+        tuple(show(*words) for words in ((first, second), others) for show in (look, wrong_look)),
+    )
+
+
+SKILLS: Sequence[Callable[[random.Random, Facts], Question]] = (
+    lambda rng, facts: ask_fact("capital", rng, facts),
+    lambda rng, facts: ask_fact("opposite", rng, facts),
+    lambda rng, facts: ask_fact("definition", rng, facts),
+    ask_choice,
+    ask_list,
+    ask_form,
+    ask_sentence,
+    ask_format,
+)
+
+
+def _mentions(words: Iterable[str]) -> Demand:
+    """Demand one of ``words``, whole and in any case."""
+    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
+    return lambda response: bool(pattern.search(response))
+
+
+def _prompt(rng: random.Random, facts: Facts, skill: str) -> str:
+    return rng.choice(PHRASINGS[skill][facts.split])
+
+
+def _framed(rng: random.Random, facts: Facts, *answers: str) -> tuple[str, ...]:
+    return tuple(rng.choice(FRAMES[facts.split]).format(answer) for answer in answers)
+
+
+# --- the facts ----------------------------------------------------------------------------------
+
+
+def split_facts(seed: int) -> dict[Split, Facts]:
+    """Deal every bank out to the splits."""
+    rng = random.Random(f"{seed} facts")
+    banks = {}
+    for name, text in BANKS.items():
+        entries = [entry.split(":") for entry in " ".join(text.split()).split(",")]
+        bank = [tuple(field.strip() for field in entry) for entry in entries]
+        banks[name] = rng.sample(bank, len(bank))
+
+    def facts(split: Split) -> Facts:
+        part: dict[str, list[Any]] = {}
+        for name, bank in banks.items():
+            cut = round(HELD_OUT * len(bank))
+            part[name] = bank[:cut] if split == "test" else bank[cut:]
+        opposites = part["opposite"] + [(second, first) for first, second in part["opposite"]]
+        return Facts(
+            split=split,
+            pairs={
+                "capital": part["capital"],
+                "opposite": opposites,
+                "definition": part["definition"],
+            },
+            categories=[(one, many, members.split()) for one, many, members in part["category"]],
+            verbs=part["verb"],
+            objects=[name for (name,) in part["object"]],
+        )
+
+    return {"train": facts("train"), "test": facts("test")}
+
+
+# skill → phrasings of its prompts
+PHRASINGS: dict[str, dict[Split, tuple[str, ...]]] = {
+    "capital": {
+        "train": (
+            "What is the capital of {}?",
+            "Name the capital city of {}.",
+            "Which city is the capital of {}?",
+            "What is the capital city of {} called?",
+            "Tell me the capital of {}.",
+        ),
+        "test": (
+            "Which city does the government of {} sit in, being its capital?",
+            "I am learning capitals. What is the one of {}?",
+            "Do you know {}'s capital city?",
+        ),
+    },
+    "opposite": {
+        "train": (
+            "What is the opposite of {}?",
+            "Give me the opposite of the word {}.",
+            "Which word is the opposite of {}?",
+            "Name an antonym of {}.",
+            "What is the contrary of {}?",
+        ),
+        "test": (
+            "What is the reverse of {}?",
+            "Find the word that means the reverse of {}.",
+            "I am looking for a word that is opposite in meaning to {}.",
+        ),
+    },
+    "definition": {
+        "train": (
+            "What do you call {}?",
+            "Which word means {}?",
+            "What is the word for {}?",
+            "Name this: {}.",
+            "Find one word for {}.",
+        ),
+        "test": (
+            "I am thinking of {}. Guess the word.",
+            "Crossword clue: {}. Solve it.",
+            "What noun describes {}?",
+        ),
+    },
+    "choice": {
+        "train": (
+            "Which of these is {kind}: {}?",
+            "Pick {kind}: {}.",
+            "One of these is {kind}: {}. Which?",
+            "Choose {kind} from: {}.",
+        ),
+        "test": (
+            "Only one of the following is {kind}: {}. Say it.",
+            "Look at {}. Find {kind} among them.",
+        ),
+    },
+    "list": {
+        "train": ("List {} {}.", "Name {} {}.", "Give me {} {}.", "I need {} {}."),
+        "test": ("Could you tell me {} {}, please?", "Write down {} {}."),
+    },
+    "past": {
+        "train": (
+            "What is the past tense of {}?",
+            "Give the past form of {}.",
+            "Fill in a form of {}: yesterday we ___ there.",
+            "Last week she ___ (verb: {}).",
+        ),
+        "test": ("Put the verb {} into the simple past.", "How do we write {} in the past tense?"),
+    },
+    "participle": {
+        "train": (
+            "What is the -ing form of {}?",
+            "Give the present participle of {}.",
+            "Fill in a form of {}: right now we are ___.",
+            "At the moment she is ___ (verb: {}).",
+        ),
+        "test": ("Put the verb {} into the gerund.", "How do we write {} in the -ing form?"),
+    },
+}
+
+# what an answer is wrapped in
+FRAMES: dict[Split, tuple[str, ...]] = {
+    "train": ("{}", "{}.", "It is {}.", "The answer is {}."),
+    "test": ("That is {}.", "I would say {}.", "My answer: {}."),
+}
+LIST_FRAMES: dict[Split, tuple[str, ...]] = {
+    "train": ("{}", "{}.", "Sure: {}."),
+    "test": ("Here you go: {}.", "My list: {}"),
+}
+
+# kind of sentence → its mark, prompts, responses
+SENTENCES: dict[str, tuple[str, dict[Split, tuple[str, ...]], dict[Split, tuple[str, ...]]]] = {
+    "question": (
+        "?",
+        {
+            "train": (
+                "Write a question about a {}.",
+                "Ask a question with the word {}.",
+                "Turn the word {} into a short question.",
+            ),
+            "test": ("Ask me something about my {}.", "I need a question that has {} in it."),
+        },
+        {
+            "train": (
+                "Where is the {}?",
+                "Who took my {}?",
+                "Is this {} yours?",
+                "How old is the {}?",
+            ),
+            "test": ("Why did she hide the {}?", "When did you get that {}?"),
+        },
+    ),
+    "statement": (
+        ".",
+        {
+            "train": (
+                "Write a statement about a {}.",
+                "Make a plain sentence with the word {}.",
+                "Turn the word {} into a short statement.",
+            ),
+            "test": ("Tell me something about my {}.", "I need a statement that has {} in it."),
+        },
+        {
+            "train": (
+                "The {} is here.",
+                "He took my {}.",
+                "This {} is yours.",
+                "Her {} is very old.",
+            ),
+            "test": ("She tried to hide the {}.", "You got that {} yesterday."),
+        },
+    ),
+    "exclamation": (
+        "!",
+        {
+            "train": (
+                "Write an exclamation about a {}.",
+                "Shout a sentence with the word {}.",
+                "Turn the word {} into a short exclamation.",
+            ),
+            "test": ("Exclaim something about my {}.", "I need an exclamation that has {} in it."),
+        },
+        {
+            "train": ("What a {}!", "Give me back my {}!", "I love this {}!", "Look at the {}!"),
+            "test": ("Wow, such a {}!", "Hurry, hide that {}!"),
+        },
+    ),
+}
+
+# format → how two words look in it, how it is recognised, prompts
+FORMATS: dict[str, tuple[Callable[..., str], str, dict[Split, tuple[str, ...]]]] = {
+    "capitals": (
+        lambda a, b: f"{a}, {b}".upper(),
+        r"[^a-z]+",
+        {
+            "train": (
+                "Write {} and {} in capital letters.",
+                "Type {} and {} in all caps.",
+                "Repeat {} and {} with every letter capitalized.",
+            ),
+            "test": ("Put {} and {} in upper case.", "Shout the words {} and {} in big letters."),
+        },
+    ),
+    "bullets": (
+        "- {}\n- {}".format,
+        r"- .+\n- .+",
+        {
+            "train": (
+                "Write {} and {} as a bulleted list.",
+                "Make bullet points of {} and {}.",
+                "Repeat {} and {}, each after a dash on its own line.",
+            ),
+            "test": (
+                "Put {} and {} in a list with bullets.",
+                "Show {} and {} as two bullet points.",
+            ),
+        },
+    ),
+    "numbers": (
+        "1. {}\n2. {}".format,
+        r"1\. .+\n2\. .+",
+        {
+            "train": (
+                "Write {} and {} as a numbered list.",
+                "Number these items: {} and {}.",
+                "Repeat {} and {}, numbered from one to two.",
+            ),
+            "test": ("Put {} and {} in a list with numbers.", "Show {} and {} as items 1 and 2."),
+        },
+    ),
+    "quotes": (
+        '"{}", "{}"'.format,
+        r'"[^"]+", "[^"]+"',
+        {
+            "train": (
+                "Write {} and {} in quotation marks.",
+                "Put quotes around {} and {}.",
+                "Repeat {} and {}, each between double quotes.",
+            ),
+            "test": ("Quote the words {} and {}.", "Show {} and {} inside quotation marks."),
+        },
+    ),
+    "brackets": (
+        "({}), ({})".format,
+        r"\([^()]+\), \([^()]+\)",
+        {
+            "train": (
+                "Write {} and {} in brackets.",
+                "Put parentheses around {} and {}.",
+                "Repeat {} and {}, each between round brackets.",
+            ),
+            "test": ("Enclose {} and {} in parentheses.", "Show {} and {} inside brackets."),
+        },
+    ),
+    "slash": (
+        "{} / {}".format,
+        r"[^/]+ / [^/]+",
+        {
+            "train": (
+                "Write {} and {} with a slash between them.",
+                "Join {} and {} by a slash.",
+                "Repeat {} and {}, separated by a slash.",
+            ),
+            "test": ("Put a slash between {} and {}.", "Show {} and {} divided by a slash."),
+        },
+    ),
+}
+
+# Entries are separated by commas, the fields of an entry by colons. No word is in two banks.
+CAPITALS = """
+France: Paris, Germany: Berlin, Italy: Rome, Spain: Madrid, Portugal: Lisbon, Greece: Athens,
+Austria: Vienna, Poland: Warsaw, Hungary: Budapest, Ireland: Dublin, England: London,
+Scotland: Edinburgh, Norway: Oslo, Sweden: Stockholm, Denmark: Copenhagen, Finland: Helsinki,
+Iceland: Reykjavik, Russia: Moscow, Ukraine: Kyiv, Belgium: Brussels, Switzerland: Bern,
+the Netherlands: Amsterdam, Romania: Bucharest, Bulgaria: Sofia, Serbia: Belgrade, Croatia: Zagreb,
+Albania: Tirana, Turkey: Ankara, Egypt: Cairo, Morocco: Rabat, Libya: Tripoli, Kenya: Nairobi,
+Ethiopia: Addis Ababa, Uganda: Kampala, Ghana: Accra, Nigeria: Abuja, Senegal: Dakar,
+Angola: Luanda, Zimbabwe: Harare, Zambia: Lusaka, Somalia: Mogadishu, Sudan: Khartoum,
+Iran: Tehran, Iraq: Baghdad, Israel: Jerusalem, Lebanon: Beirut, Syria: Damascus, Jordan: Amman,
+Saudi Arabia: Riyadh, Qatar: Doha, Afghanistan: Kabul, Pakistan: Islamabad, India: New Delhi,
+Nepal: Kathmandu, Bangladesh: Dhaka, China: Beijing, Japan: Tokyo, South Korea: Seoul,
+North Korea: Pyongyang, Taiwan: Taipei, Thailand: Bangkok, Vietnam: Hanoi, Indonesia: Jakarta,
+Malaysia: Kuala Lumpur, the Philippines: Manila, Mongolia: Ulaanbaatar, Australia: Canberra,
+New Zealand: Wellington, Canada: Ottawa, Cuba: Havana, Jamaica: Kingston, Peru: Lima,
+Chile: Santiago, Argentina: Buenos Aires, Colombia: Bogota, Venezuela: Caracas, Ecuador: Quito,
+Uruguay: Montevideo, Bolivia: La Paz, Rwanda: Kigali, Latvia: Riga, Armenia: Yerevan,
+Georgia: Tbilisi, Cyprus: Nicosia, Madagascar: Antananarivo, Mozambique: Maputo, Tanzania: Dodoma,
+Mali: Bamako, Haiti: Port-au-Prince
+"""
+
+OPPOSITES = """
+hot: cold, fast: slow, happy: sad, rich: poor, hard: soft, loud: quiet, strong: weak, wide: narrow,
+thick: thin, deep: shallow, early: late, always: never, everything: nothing, friend: enemy,
+war: peace, east: west, push: pull, end: start, laugh: cry, arrive: depart, accept: reject,
+attack: defend, create: destroy, increase: decrease, expand: contract, succeed: fail, enter: exit,
+rise: sink, success: failure, victory: defeat, birth: death, top: bottom, maximum: minimum,
+positive: negative, plus: minus, male: female, brave: cowardly, generous: stingy, polite: rude,
+calm: nervous, lazy: hardworking, smart: stupid, beautiful: ugly, cheap: expensive,
+safe: dangerous, easy: difficult, smooth: rough, sharp: blunt, sweet: sour, fresh: stale,
+tight: loose, straight: crooked, awake: asleep, public: private, guilty: innocent, modern: ancient,
+natural: artificial, common: rare, visible: invisible, possible: impossible,
+optimistic: pessimistic, major: minor, vertical: horizontal, import: export, hero: villain,
+heaven: hell, true: false, good: bad, temporary: permanent, profit: loss, include: exclude,
+summer: winter
+"""
+
+DEFINITIONS = """
+someone who flies planes: pilot, someone who bakes bread: baker,
+someone who teaches pupils: teacher, someone who puts out fires: firefighter,
+someone who cuts hair: barber, someone who fixes teeth: dentist, someone who grows crops: farmer,
+someone who writes books: author, someone who paints pictures: painter,
+someone who mends pipes: plumber, someone who designs houses: architect,
+someone who sells meat: butcher, someone who treats sick pets: veterinarian,
+someone who makes clothes: tailor, someone who works in a mine: miner,
+someone who studies stars: astronomer, someone who travels in space: astronaut,
+someone who acts in films: actor, someone who serves meals: waiter,
+someone who steals things: thief, someone who wears a crown and rules: king,
+someone who takes photographs: photographer, someone who defends people in court: lawyer,
+someone who decides cases in court: judge, someone who operates on patients: surgeon,
+someone who writes poems: poet, someone who leads an orchestra: conductor,
+someone who catches criminals: detective, someone who fights in an army: soldier,
+someone who cooks for a restaurant: chef, someone who rides in races: jockey,
+someone who reports the news: journalist, someone who eats no meat: vegetarian,
+someone whose parents died: orphan, a woman whose husband died: widow, a baby dog: puppy,
+a baby cat: kitten, a baby sheep: lamb, a baby cow: calf, a baby hen: chick, a baby frog: tadpole,
+a baby bear: cub, a baby horse: foal, meat from pigs: pork, meat from cows: beef,
+what spiders make: web, what bees live in: hive, what bees make: honey, what hens lay: eggs,
+a place where planes land: airport, a place where ships dock: harbor,
+a place with thousands of books: library, a place where the sick are treated: hospital,
+a place where money is kept: bank, a place where films are shown: cinema,
+a place where criminals are locked up: prison, a place to keep cars: garage,
+a place with graves: cemetery, a place to buy medicine: pharmacy,
+a place with endless sand: desert, a mountain that erupts: volcano,
+land in the middle of the sea: island, a hollow in a mountain: cave,
+the sand beside the sea: beach, a storm that spins round: tornado,
+when the ground trembles: earthquake, the arch in the sky after a storm: rainbow,
+a thing for hitting nails: hammer, a thing for cutting paper: scissors,
+a thing for moving earth: shovel, a thing to sweep with: broom,
+a device that tells the time: clock, a device that takes pictures: camera,
+a device for looking at stars: telescope, a device for looking at germs: microscope,
+a device that measures heat: thermometer, a device that shows the way: compass,
+a thing that keeps you from getting wet: umbrella, a thing to sleep on: mattress,
+a thing to dry yourself: towel, a thing to clean teeth: toothbrush,
+a thing to write on a blackboard: chalk, a thing to open a lock: key,
+a thing you look into to see yourself: mirror, a thing to help you see better: glasses,
+a thing that keeps fingers warm: glove, a thing worn on the head: hat, a thing with a bulb: lamp,
+a thing to cross a river: bridge, a glass hut for plants: greenhouse, a hundred years: century,
+ten years: decade, sixty minutes: hour, sixty seconds: minute, twelve things: dozen,
+two babies born together: twins, the centre of an atom: nucleus, the star that warms us: sun,
+the force that makes things fall: gravity, the study of living things: biology,
+the study of the past: history, the liquid in the veins: blood,
+all of the bones together: skeleton, a book of words and meanings: dictionary,
+a book of maps: atlas, a story of one's own life: autobiography, a test for students: exam,
+a meal in the morning: breakfast, a meal at noon: lunch, a meal in the open air: picnic,
+a day off work: holiday, a dream that scares: nightmare, the day one was born: birthday,
+a party for getting married: wedding, a doll moved by strings: puppet,
+a beast with a trunk: elephant, the tallest beast: giraffe, a beast with stripes: zebra,
+a beast with a pouch: kangaroo, a sea creature with eight arms: octopus,
+a reptile with a shell: turtle, a long reptile with no legs: snake, a cat with a mane: lion,
+a worm that makes silk: silkworm
+"""
+
+VERBS = """
+eat: ate: eating, sing: sang: singing, swim: swam: swimming, run: ran: running, ride: rode: riding,
+speak: spoke: speaking, break: broke: breaking, steal: stole: stealing, wake: woke: waking,
+grow: grew: growing, throw: threw: throwing, draw: drew: drawing, blow: blew: blowing,
+bring: brought: bringing, catch: caught: catching, teach: taught: teaching,
+fight: fought: fighting, hold: held: holding, stand: stood: standing, feel: felt: feeling,
+meet: met: meeting, send: sent: sending, spend: spent: spending, lose: lost: losing,
+win: won: winning, begin: began: beginning, shoot: shot: shooting, lead: led: leading,
+hear: heard: hearing, pay: paid: paying, walk: walked: walking, play: played: playing,
+jump: jumped: jumping, dance: danced: dancing, smile: smiled: smiling, climb: climbed: climbing,
+talk: talked: talking, carry: carried: carrying, plan: planned: planning,
+travel: traveled: traveling, watch: watched: watching, wash: washed: washing,
+paint: painted: painting, listen: listened: listening, bite: bit: biting, freeze: froze: freezing,
+wear: wore: wearing, tear: tore: tearing, swear: swore: swearing, swing: swung: swinging,
+stick: stuck: sticking, spin: spun: spinning, weep: wept: weeping, creep: crept: creeping,
+bend: bent: bending, feed: fed: feeding, bleed: bled: bleeding, slide: slid: sliding,
+strike: struck: striking, kneel: knelt: kneeling, kick: kicked: kicking, touch: touched: touching,
+wait: waited: waiting, visit: visited: visiting, kiss: kissed: kissing,
+hope: hoped: hoping, wish: wished: wishing, drop: dropped: dropping, hug: hugged: hugging,
+chase: chased: chasing, knock: knocked: knocking, lift: lifted: lifting, cross: crossed: crossing,
+burn: burned: burning
+"""
+
+OBJECTS = """
+coin, basket, candle, ladder, bottle, kite, pencil, wallet, suitcase, blanket, pillow, bucket,
+balloon, rope, lantern, magnet, ticket, notebook, envelope, button, ribbon, bracelet, necklace,
+helmet, backpack, kettle, teapot, spoon, fork, plate, bowl, mug, jar, vase, sponge, soap, whistle,
+map, postcard, puzzle, ball, stamp, feather, stone, leaf, cushion, carpet, curtain, brush, comb,
+razor, needle, scarf, belt, sandal, boot, marble, tray, wheel, thread, flag
+"""
+
+CATEGORIES = """
+fruit: fruits: apple banana pear peach plum cherry mango grape lemon strawberry,
+vegetable: vegetables: carrot potato onion cabbage spinach broccoli cucumber lettuce celery turnip,
+animal: animals: goat donkey tiger wolf monkey leopard camel rabbit deer fox,
+bird: birds: eagle sparrow owl parrot pigeon swan hawk robin crow,
+fish: fish: salmon tuna trout cod sardine herring mackerel carp,
+insect: insects: ant butterfly mosquito beetle wasp moth grasshopper cockroach,
+tree: trees: oak pine maple birch willow cedar elm spruce,
+flower: flowers: tulip daisy lily sunflower orchid daffodil violet,
+color: colors: blue green yellow purple brown pink gray,
+metal: metals: iron gold silver copper aluminum tin zinc nickel titanium,
+gas: gases: oxygen nitrogen hydrogen helium methane neon argon,
+planet: planets: Mars Venus Jupiter Saturn Neptune Mercury Uranus,
+vehicle: vehicles: car bus truck train bicycle motorcycle taxi tram,
+tool: tools: screwdriver wrench drill pliers chisel spanner sander,
+weapon: weapons: sword gun spear rifle dagger pistol cannon,
+piece of furniture: pieces of furniture: chair table sofa bed desk wardrobe bookcase couch,
+piece of clothing: pieces of clothing: shirt trousers jacket coat sweater skirt dress jeans,
+drink: drinks: coffee tea juice milk lemonade beer soda cocoa,
+spice: spices: pepper cinnamon ginger turmeric cumin nutmeg paprika,
+musical instrument: musical instruments: piano guitar violin trumpet flute drum cello clarinet harp,
+sport: sports: football tennis basketball hockey golf baseball volleyball rugby,
+part of the body: parts of the body: arm leg foot knee elbow shoulder heart liver ankle,
+weekday: weekdays: Monday Tuesday Wednesday Thursday Friday Saturday Sunday,
+month: months: January February April June July August October December,
+shape: shapes: circle square triangle rectangle pentagon hexagon oval,
+language: languages: French Spanish German Italian Russian Arabic Chinese Portuguese,
+religion: religions: Christianity Islam Buddhism Hinduism Judaism Sikhism,
+family member: family members: mother father sister brother aunt uncle cousin grandmother,
+emotion: emotions: anger joy sadness jealousy disgust surprise pride,
+kind of weather: kinds of weather: snow fog wind hail thunder,
+room of a house: rooms of a house: kitchen bedroom bathroom attic basement hallway,
+building: buildings: church castle museum hotel palace temple,
+school subject: school subjects: mathematics geography chemistry physics algebra economics
+"""
+
+BANKS = {
+    "capital": CAPITALS,
+    "opposite": OPPOSITES,
+    "definition": DEFINITIONS,
+    "category": CATEGORIES,
+    "verb": VERBS,
+    "object": OBJECTS,
+}

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from rayrm.config import ServeConfig
 from rayrm.engine import Encoded, RewardModel, Rewards
 from rayrm.errors import ServiceError
 from rayrm.export import read_export
+from rayrm.model import check_max_length, load_config
 from rayrm.packing import TokenGroup
 
 Values = NDArray[np.float32]
@@ -40,31 +40,23 @@ MAX_ONGOING_REQUESTS = 1024
 def deploy(config: ServeConfig) -> None:
     """Serve an export as an application that clients call by its name; returns when all are ready.
 
-    Uses the running Ray cluster, or starts one on this machine. Deploying a name again replaces
-    its replicas. Raises ExportError before anything starts, ServiceError if a replica fails to.
+    Connects as ray.init() does if nobody has. Deploying a name again replaces its replicas. Raises
+    ExportError or ConfigError before anything starts, ServiceError if a replica fails to start.
     """
     if "://" not in config.export:
-        read_export(config.export)
-        config = config.model_copy(update={"export": str(Path(config.export).resolve())})
+        directory, _ = read_export(config.export)
+        if config.max_length is not None:
+            check_max_length(config.max_length, load_config(str(directory)))
+        config = config.model_copy(update={"export": str(directory.resolve())})
     if not ray.is_initialized():
-        connect()
+        ray.init()
     serve.start(proxy_location="Disabled")  # clients call through handles: no port is opened
     try:
         serve.run(application(config), name=config.app, route_prefix=None)
     except RuntimeError:
         deployments = serve.status().applications[config.app].deployments.values()
-        reasons = "; ".join(deployment.message for deployment in deployments)
-        raise ServiceError(f"the replicas of {config.app!r} did not start: {reasons}") from None
-
-
-def connect() -> bool:
-    """Connect to RAY_ADDRESS or the cluster that runs here; True if one had to be started."""
-    try:
-        ray.init("auto")
-    except ConnectionError:
-        ray.init("local")
-        return True
-    return False
+        reason = "; ".join(d.message.strip().splitlines()[-1] for d in deployments if d.message)
+        raise ServiceError(f"the replicas of {config.app!r} did not start: {reason}") from None
 
 
 def application(config: ServeConfig) -> Application:

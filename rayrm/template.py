@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +29,7 @@ from rayrm.errors import (
     RowError,
     RowTooLong,
 )
-from rayrm.packing import Ids
+from rayrm.packing import Ids, common_prefix
 
 Tokens = Sequence[int] | NDArray[np.integer]
 Overlong = Literal["error", "truncate"]
@@ -83,21 +84,32 @@ class Template:
         excess = len(ids) - self.spec.max_length
         if excess <= 0:
             return ids, False
-        if overlong == "truncate" and excess < len(ids) - self.response_tokens(row):
+        response = self.response_tokens(row, ids)
+        if overlong == "truncate" and excess < len(ids) - response:
             return ids[excess:], True
         return RowTooLong(
-            f"row has {len(ids)} tokens (response: {self.response_tokens(row)}), the limit is "
+            f"row has {len(ids)} tokens (response: {response}), the limit is "
             f"{self.spec.max_length}: shorten it, raise max_length, or ask for its prompt to be "
             'cut with overlong="truncate" (a response is never cut)'
         ), False
 
-    def response_tokens(self, row: Row) -> int:
-        """Tokens of the response with its end, as they stand at the end of the row."""
+    def response_tokens(self, row: Row, ids: Ids) -> int:
+        """Tokens of the response with its end, as they stand at the end of the row's ids.
+
+        Found by where the ids part from those of another response: how much a template writes
+        behind a response, and what merges at its start, is its own affair.
+        """
+        if is_ids(row.response):
+            return len(row.response)
         if isinstance(row.response, str):
-            return len(self._tokenize([row.response])[0]) + row.finished
-        if _is_messages(row.response):
-            return sum(len(x) + 1 for x in self._tokenize([m["content"] for m in row.response]))
-        return len(row.response)
+            other: Text = _other_text(row.response)
+        else:
+            assert _is_messages(row.response)
+            first, *rest = row.response
+            other = [{**first, "content": _other_text(first["content"])}, *rest]
+        (ids_of_other,) = self.encode([row._replace(response=other)])
+        assert not isinstance(ids_of_other, RowError)
+        return len(ids) - common_prefix([ids, ids_of_other])
 
     # chat ------------------------------------------------------------------------------------
 
@@ -105,14 +117,26 @@ class Template:
     def closing(self) -> tuple[str, str]:
         """What the chat template writes behind a response, and the part of it that is kept."""
         mark = "RESPONSE"
-        rendered = self._render(
-            [{"role": "user", "content": "PROMPT"}, {"role": "assistant", "content": mark}]
-        )
+        try:
+            rendered = self._render(
+                [{"role": "user", "content": "PROMPT"}, {"role": "assistant", "content": mark}]
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            raise ModelError(
+                f"the chat template cannot render a prompt and its response: {error}"
+            ) from None
         closing = rendered[rendered.rindex(mark) + len(mark) :]
         ends = [closing.rindex(t) + len(t) for t in self._special_tokens if t in closing]
         if ends:
             return closing, closing[: max(ends)]
         return closing, closing.rstrip() + _eos(self.tokenizer)
+
+    @cached_property
+    def _kept_ends(self) -> re.Pattern[str]:
+        """The end of turn behind a response, as a sampler that keeps special tokens gives it."""
+        closing, kept = self.closing
+        ends = [t for t in self._special_tokens if t in closing or t in kept]
+        return re.compile(rf"({re.escape(kept)}|(({'|'.join(map(re.escape, ends))})\s*)+)\Z")
 
     @cached_property
     def _special_tokens(self) -> list[str]:
@@ -131,21 +155,23 @@ class Template:
     def _compose_chat(self, row: Row) -> list[str]:
         prompt, response = row.prompt, row.response
         if isinstance(prompt, str):
-            if not prompt:
-                raise InvalidRow(
-                    "the row has no prompt to put into the chat template: give one, or train with "
-                    "data.format: text"
-                )
-            prompt = [{"role": "user", "content": prompt}]
+            prompt = [{"role": "user", "content": prompt}] if prompt else []
+        elif _is_empty(prompt):
+            prompt = []
         if isinstance(response, str):
             response = [{"role": "assistant", "content": response}]
         assert _is_messages(prompt) and _is_messages(response)
         closing, kept = self.closing
         *before, final = response
+        if not prompt and not before:
+            raise InvalidRow(
+                "the row has no prompt to put into the chat template: give one, or train with "
+                "data.format: text"
+            )
         if final["role"] != "assistant":
             raise InvalidRow(f"a response ends with an assistant message, got {final['role']!r}")
         # A sampler that keeps special tokens hands over the end itself: it must not stand twice.
-        content = final["content"].removesuffix(kept)
+        content = self._kept_ends.sub("", final["content"])
         if not content:
             raise EmptyResponse("the response is empty: there is nothing to score")
         try:
@@ -222,14 +248,23 @@ class Template:
 
 
 def check_row(row: Row) -> None:
-    """Raises InvalidRow unless prompt and response are both ids, or text and messages."""
-    kinds = {_kind(row.prompt), _kind(row.response)}
+    """Raises InvalidRow unless prompt and response are both ids, or text and messages.
+
+    An empty list or array goes with either: no prompt, or an empty response.
+    """
+    kinds = {_kind(value) for value in (row.prompt, row.response) if not _is_empty(value)}
     if "none" in kinds or ("ids" in kinds and len(kinds) > 1):
         raise InvalidRow(
             "prompt and response must both be text, messages "
             '({"role": …, "content": …} with text content) or token ids; '
             f"got {_describe(row.prompt)} and {_describe(row.response)}"
         )
+
+
+def _is_empty(value: object) -> bool:
+    if isinstance(value, np.ndarray):
+        return not value.size
+    return isinstance(value, list | tuple) and not value
 
 
 def _kind(value: object) -> Literal["text", "messages", "ids", "none"]:
@@ -240,16 +275,24 @@ def _kind(value: object) -> Literal["text", "messages", "ids", "none"]:
     if isinstance(value, list | tuple):
         if all(isinstance(x, int | np.integer) and not isinstance(x, bool) for x in value):
             return "ids"
-        if _is_messages(value):
+        if _is_messages(value) and _is_json(value):
             return "messages"
     return "none"
 
 
-def _is_messages(value: object) -> bool:
+def _is_messages(value: object) -> TypeGuard[Sequence[Message]]:
     return isinstance(value, list | tuple) and all(
         isinstance(m, dict) and _is_text(m.get("role")) and _is_text(m.get("content"))
         for m in value
     )
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _is_text(value: object) -> TypeGuard[str]:
@@ -266,6 +309,11 @@ def _is_text(value: object) -> TypeGuard[str]:
 def is_ids(value: object) -> bool:
     """Whether a prompt or response is token ids."""
     return _kind(value) == "ids"
+
+
+def _other_text(text: str) -> str:
+    """A text that begins differently, also where a template strips both."""
+    return "B" if text.lstrip().startswith("A") else "A"
 
 
 def prompt_key(prompt: Text | Tokens) -> object:
@@ -301,7 +349,8 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase) -> bool:
     """
     template = tokenizer.chat_template or ""
     taken = {tokenizer.eos_token, tokenizer.bos_token}
-    if tokenizer.pad_token and tokenizer.pad_token not in taken:
+    pad = tokenizer.pad_token
+    if pad and pad not in taken and pad not in template:
         return False
     special = [t.content for _, t in sorted(tokenizer.added_tokens_decoder.items()) if t.special]
     free = [t for t in special if t not in taken and t not in template]

@@ -25,6 +25,7 @@ from rayrm.client import RewardClient
 from rayrm.config import ServeConfig
 from rayrm.engine import RewardModel, Rewards, make_rows
 from rayrm.errors import (
+    ConfigError,
     EmptyResponse,
     ExportError,
     InvalidRow,
@@ -78,7 +79,11 @@ def served(cluster: None, tiny_export: Path) -> Iterator[RewardClient]:
 @pytest.fixture(scope="module")
 def fragile(cluster: None, tiny_export: Path) -> Iterator[RewardClient]:
     config = ServeConfig(
-        export=str(tiny_export), app=FRAGILE, tokens_per_pack=512, hang_timeout_s=1
+        export=str(tiny_export),
+        app=FRAGILE,
+        overlong="truncate",
+        tokens_per_pack=512,
+        hang_timeout_s=1,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rayrm.serve.Replica", FragileReplica)
@@ -136,14 +141,14 @@ def test_messages_are_served_as_in_one_process(served: RewardClient, local: Rewa
         {"role": "assistant", "content": "Red. Ünïcödé 😀"},
         {"role": "user", "content": "Another."},
     ]
-    prompts = [conversation, conversation, "Name a fruit."]
-    responses = [[{"role": "assistant", "content": "Blue."}], "Green.", "Plum."]
+    prompts: list[Any] = [conversation, conversation, "Name a fruit."]
+    responses: list[Any] = [[{"role": "assistant", "content": "Blue."}], "Green.", "Plum."]
     assert_same(served.score(prompts, responses), local.score(prompts, responses))
 
 
 def test_token_ids_are_served_as_in_one_process(served: RewardClient, local: RewardModel) -> None:
-    prompts = [[5, 6, 7], np.array([5, 6, 7]), np.array([8, 9], dtype=np.uint16), []]
-    responses = [(10, 11), np.array([12]), [13], [14]]
+    prompts: list[Any] = [[5, 6, 7], np.array([5, 6, 7]), np.array([8, 9], dtype=np.uint16), []]
+    responses: list[Any] = [(10, 11), np.array([12]), [13], [14]]
     tokenizer = tiny_tokenizer()
     rewards = served.score(prompts, responses, tokenizer=tokenizer)
     assert np.isfinite(rewards.values).all()
@@ -195,7 +200,7 @@ def test_a_prompt_and_equal_rows_are_computed_once(served: RewardClient) -> None
 
 
 def test_a_missing_application_is_named_with_those_that_run(served: RewardClient) -> None:
-    with pytest.raises(ServiceError, match=r"no application 'tyni' is deployed; running: .*'tiny'"):
+    with pytest.raises(ServiceError, match=r"no application 'tyni'; deployed: .*'tiny'"):
         RewardClient("tyni").score(["a"], ["b"])
 
 
@@ -241,9 +246,25 @@ def test_an_actor_of_another_job_and_namespace_can_call(
     assert_same(pickle.loads(out.stdout), local.score(["Name a fruit."] * 2, ["Plum.", ""]))
 
 
-def test_a_wrong_export_is_refused_before_anything_starts(tmp_path: Path) -> None:
+def test_a_wrong_export_is_refused_before_anything_starts(
+    tmp_path: Path, tiny_export: Path
+) -> None:
     with pytest.raises(ExportError, match=r"looked for rayrm\.json"):
         deploy(ServeConfig(export=str(tmp_path), app="nothing"))
+    with pytest.raises(ConfigError, match="positions for 512"):
+        deploy(ServeConfig(export=str(tiny_export), app="nothing", max_length=1024))
+
+
+@pytest.mark.slow
+def test_replicas_that_cannot_start_say_why(cluster: None, tiny_export: Path) -> None:
+    class Broken(Replica):
+        def __init__(self, config: ServeConfig) -> None:
+            raise ExportError("not on this node")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ServiceError, match="not on this"):
+        patch.setattr("rayrm.serve.Replica", Broken)
+        deploy(ServeConfig(export=str(tiny_export), app="broken"))
+    serve.delete("broken")
 
 
 def test_callers_at_once_share_forwards(fragile: RewardClient, local: RewardModel) -> None:
@@ -263,6 +284,14 @@ def _split(
 ) -> list[tuple[Sequence[str], Sequence[str]]]:
     n = len(prompts) // parts
     return [(prompts[i : i + n], responses[i : i + n]) for i in range(0, len(prompts), n)]
+
+
+def test_a_cut_prompt_is_marked(fragile: RewardClient, tiny_export: Path) -> None:
+    prompts, responses = ["why? " * 200, "why?"], ["Because.", "Because."]
+    rewards = fragile.score(prompts, responses)
+    assert rewards.truncated.tolist() == [True, False]
+    local = RewardModel.load(tiny_export, "cpu", overlong="truncate")
+    assert_same(rewards, local.score(prompts, responses))
 
 
 def test_what_a_replica_raises_reaches_the_caller(fragile: RewardClient, tiny_export: Path) -> None:
@@ -321,7 +350,7 @@ class Gate:
         self.packs: list[int] = []
 
     def __call__(self, groups: Sequence[TokenGroup]) -> Sequence[Values]:
-        self.open.acquire()
+        assert self.open.acquire(timeout=5)
         self.packs.append(len(groups))
         return self.model.score_groups(groups)
 
@@ -354,7 +383,7 @@ def test_a_full_queue_holds_callers_back(local: RewardModel) -> None:
         gate.open.release(5)
         assert len(await large) == 10
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), timeout=20))
 
 
 def test_a_pack_takes_what_fits_and_the_oldest_first(local: RewardModel) -> None:
@@ -368,7 +397,7 @@ def test_a_pack_takes_what_fits_and_the_oldest_first(local: RewardModel) -> None
         await asyncio.gather(*calls)
         assert gate.packs == [1, 3, 1, 1]
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), timeout=20))
 
 
 def test_an_error_reaches_exactly_the_callers_in_the_pack(local: RewardModel) -> None:
@@ -388,7 +417,7 @@ def test_an_error_reaches_exactly_the_callers_in_the_pack(local: RewardModel) ->
         assert [type(r) for r in results] == [list, RuntimeError, RuntimeError, list]
         assert len(await queue.score(groups(local, 1))) == 1
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), timeout=20))
 
 
 def test_a_cancelled_caller_costs_nothing_more(local: RewardModel) -> None:
@@ -406,7 +435,7 @@ def test_a_cancelled_caller_costs_nothing_more(local: RewardModel) -> None:
         await asyncio.gather(first, third)
         assert gate.packs == [1, 1]
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), timeout=20))
 
 
 def test_a_hung_pack_fails_the_health_check(tiny_export: Path) -> None:
@@ -424,7 +453,7 @@ def test_a_hung_pack_fails_the_health_check(tiny_export: Path) -> None:
         await call
         replica.check_health()
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), timeout=20))
 
 
 def test_serving_loads_no_deepspeed() -> None:
@@ -432,4 +461,4 @@ def test_serving_loads_no_deepspeed() -> None:
         "import sys, rayrm.client, rayrm.serve, rayrm.engine;"
         "assert not {'deepspeed', 'rayrm.train', 'rayrm.checkpoint'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], check=True)

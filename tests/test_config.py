@@ -1,0 +1,167 @@
+"""A wrong config says the key, the value and what is allowed, before any model loads."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayrm.config import ServeConfig, TrainConfig
+from rayrm.errors import ConfigError, RayrmError
+from tests.tiny import write_lines
+
+
+def values(**sections: dict[str, Any]) -> dict[str, Any]:
+    return {"name": "run", "data": {"train": "a.jsonl"}} | sections
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    return write_lines(tmp_path / "c.yaml", "name: run", "data:", "  train: a.jsonl")
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig.load(path, overrides)
+    return str(caught.value)
+
+
+def test_one_path_may_stand_for_the_list() -> None:
+    assert TrainConfig(**values()).data.train == ["a.jsonl"]
+    several = TrainConfig(**values(data={"train": ["a", "b"], "eval": "c"}))
+    assert (several.data.train, several.data.eval) == (["a", "b"], ["c"])
+
+
+def test_an_unknown_key_is_named_with_the_nearest_and_all_allowed(minimal: Path) -> None:
+    message = refusal(minimal, "--train.learning_rat", "1")
+    assert "train.learning_rat" in message
+    assert "did you mean 'learning_rate'" in message and "groups_per_step" in message
+    message = refusal(minimal, "--trian.learning_rate", "1")
+    assert "'trian'" in message and "did you mean 'train'" in message
+    assert "did you mean" not in refusal(minimal, "--train.qqqq", "1")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("train.learning_rate", "fast", "number"),
+        ("train.learning_rate", "-1.0", "greater than 0"),
+        ("train.schedule", "step", "'cosine', 'linear' or 'constant'"),
+        ("train.dtype", "float16", "'bfloat16' or 'float32'"),
+        ("train.groups_per_step", "0", "greater than or equal to 1"),
+        ("train.groups_per_step", "1.5", "integer"),
+        ("train.seed", "-1", "greater than or equal to 0"),
+        ("deepspeed.zero_stage", "4", "0, 1, 2 or 3"),
+        ("loss.label_smoothing", "0.5", "less than 0.5"),
+        ("data.overlong", "ignore", "'truncate'"),
+        ("data.train", "[]", "at least 1 item"),
+        ("name", "a/b", "pattern"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key_and_what_is_allowed(
+    minimal: Path, key: str, value: str, allowed: str
+) -> None:
+    message = refusal(minimal, f"--{key}", value)
+    assert key in message and value.strip("[]") in message and allowed in message
+    assert len(message) < 300, "one problem in one line"
+
+
+def test_all_problems_are_told_at_once(minimal: Path) -> None:
+    message = refusal(minimal, "--train.epochs", "0", "--cluster.workers", "0", "--model.pth", "x")
+    assert all(key in message for key in ("train.epochs", "cluster.workers", "model.pth"))
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    assert "data is required" in refusal(write_lines(tmp_path / "c.yaml", "name: run"))
+    message = refusal(write_lines(tmp_path / "c.yaml", "name: run", "data: {}"))
+    assert "data.train is required" in message
+
+
+def test_evaluating_on_nothing_is_refused(minimal: Path) -> None:
+    message = refusal(minimal, "--train.eval_every", "5")
+    assert "train.eval_every" in message and "data.eval" in message
+
+
+def test_overrides_have_their_types(minimal: Path) -> None:
+    config = TrainConfig.load(
+        minimal,
+        [
+            *("--train.learning_rate", "3e-5"),
+            *("--train.groups_per_step", "32"),
+            *("--model.gradient_checkpointing", "true"),
+            "--data.separator=\\n=",
+            *("--data.train", "[b.jsonl, c.jsonl]"),
+            *("--train.betas", "[0.9, 0.95]"),
+            *("--deepspeed.overrides.zero_optimization.reduce_bucket_size", "1000"),
+        ],
+    )
+    assert config.train.learning_rate == 3e-5
+    assert config.train.groups_per_step == 32
+    assert config.model.gradient_checkpointing is True
+    assert config.data.separator == "\\n="
+    assert config.data.train == ["b.jsonl", "c.jsonl"]
+    assert config.train.betas == (0.9, 0.95)
+    assert config.deepspeed.overrides == {"zero_optimization": {"reduce_bucket_size": 1000}}
+    assert config.name == "run" and config.data.max_length == 1024
+
+
+@pytest.mark.parametrize(
+    "path", ["*.jsonl", "day=1/a.jsonl", "s3://bucket/x=y/*.parquet", "@home", "%x", "[a"]
+)
+def test_an_override_that_is_not_yaml_is_taken_as_it_stands(minimal: Path, path: str) -> None:
+    assert TrainConfig.load(minimal, ["--model.path", path]).model.path == path
+    assert TrainConfig.load(minimal, [f"--model.path={path}"]).model.path == path
+
+
+@pytest.mark.parametrize(
+    "overrides", [["--train.epochs"], ["train.epochs", "1"], ["--name.x", "1"], ["3"]]
+)
+def test_overrides_that_are_not_pairs_are_refused(minimal: Path, overrides: list[str]) -> None:
+    message = refusal(minimal, *overrides)
+    assert overrides[0] in message
+
+
+@pytest.mark.parametrize("content", ["a: [", "- a\n- b", "", "just text", "a: b: c"])
+def test_what_is_not_a_mapping_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    assert str(path) in refusal(path)
+
+
+def test_a_missing_config_is_named_with_where_it_was_looked_for(tmp_path: Path) -> None:
+    assert str(tmp_path / "no.yaml") in refusal(tmp_path / "no.yaml")
+    assert str(tmp_path) in refusal(tmp_path)
+
+
+def test_a_section_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "c.yaml", "name: run", "data: a.jsonl")
+    assert "data" in refusal(path)
+    assert "data" in refusal(path, "--data.train", "b.jsonl")
+
+
+def test_config_errors_are_value_errors_and_cross_processes(minimal: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        TrainConfig.load(minimal, ["--train.epochs", "0"])
+    assert isinstance(caught.value, RayrmError)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert type(again) is ConfigError and str(again) == str(caught.value)
+
+
+def test_a_config_survives_json_and_two_levels_hold_everything(minimal: Path) -> None:
+    config = TrainConfig.load(minimal, ["--train.epochs", "0.5"])
+    dumped = config.model_dump(mode="json")
+    assert TrainConfig(**dumped) == config
+    for name, section in dumped.items():
+        for key, value in (section if isinstance(section, dict) else {}).items():
+            assert not isinstance(value, dict) or key in ("labels", "overrides"), (name, key)
+
+
+def test_a_serve_config_is_an_export_or_a_file(tmp_path: Path) -> None:
+    config = ServeConfig.load("runs/x/export", ["--replicas", "2", "--labels.zone", "b"])
+    assert (config.export, config.replicas, config.labels) == ("runs/x/export", 2, {"zone": "b"})
+    path = write_lines(tmp_path / "s.yaml", "export: e", "app: b")
+    assert ServeConfig.load(path).app == "b"
+    with pytest.raises(ConfigError, match=r"replica.*did you mean 'replicas'"):
+        ServeConfig.load("e", ["--replica", "2"])

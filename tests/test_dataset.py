@@ -1,0 +1,198 @@
+"""Preferences as ids: what is cut, dropped and counted, and the order of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rayrm.data import Group, Message, Preference, Text
+from rayrm.dataset import EncodeReport, PreferenceData, Schedule, encode_groups
+from rayrm.errors import DataError
+from rayrm.template import Template, TemplateSpec, fingerprint
+from tests.tiny import byte_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "rayrm" / "encoded"
+
+
+def byte_template(max_length: int = 100, eos: str = "</s>") -> Template:
+    """Prompt, newline, response, EOS; a token a byte."""
+    tokenizer = byte_tokenizer(["<pad>", "</s>", "<end>"], eos_token=eos, pad_token="<pad>")
+    return Template(tokenizer, TemplateSpec("text", "\n", max_length, fingerprint(tokenizer)))
+
+
+def group(
+    prompt: Text,
+    responses: Sequence[Text],
+    pairs: Sequence[Preference | tuple[int, int]] = ((0, 1),),
+    finished: Sequence[bool] | None = None,
+    subset: str = "",
+) -> Group:
+    preferences = [p if isinstance(p, Preference) else Preference(*p) for p in pairs]
+    done = list(finished or [True] * len(responses))
+    return Group(prompt, list(responses), preferences, done, subset, "file.jsonl:7")
+
+
+def texts(data: PreferenceData, index: int, template: Template) -> list[str]:
+    return [template.tokenizer.decode(row) for row in data[index].tokens.rows]
+
+
+def test_groups_read_back_as_they_were_encoded() -> None:
+    template = byte_template()
+    pairs = [Preference(2, 0, 0.5, 0.75), Preference(2, 1)]
+    data = encode_groups(
+        [
+            group("", ["lone", "other"]),
+            group("What?", ["one", "only", "two"], pairs, [True, False, True], "skill"),
+        ],
+        template,
+        "truncate",
+    )
+    assert len(data) == 2
+    assert texts(data, 0, template) == ["lone</s>", "other</s>"]
+    assert texts(data, 1, template) == ["What?\none</s>", "What?\nonly", "What?\ntwo</s>"]
+    ranked = data[1]
+    assert template.tokenizer.decode(ranked.tokens.prefix) == "What?\n"
+    assert ranked.chosen.tolist() == [2, 2] and ranked.rejected.tolist() == [0, 1]
+    assert ranked.margin.tolist() == [0.5, 0.0] and ranked.label.tolist() == [0.75, 1.0]
+    assert ranked.pairs == 2 and (ranked.subset, ranked.source) == ("skill", "file.jsonl:7")
+    assert ranked.tokens.prefix.dtype == np.int32
+    assert data.report == EncodeReport(groups=2, pairs=3)
+
+
+def test_all_rows_of_an_overlong_group_are_cut_alike() -> None:
+    template = byte_template(12)
+    long = group("0123456789", ["a", "bcdef", "gh"], [(0, 1), (2, 1)])
+    data = encode_groups([long, group("Hi", ["a", "b"])], template, "truncate")
+    assert texts(data, 0, template) == ["56789\na</s>", "56789\nbcdef</s>", "56789\ngh</s>"]
+    assert texts(data, 1, template) == ["Hi\na</s>", "Hi\nb</s>"]
+    assert data.report == EncodeReport(groups=2, pairs=3, truncated_groups=1)
+
+
+def test_a_response_too_long_by_itself_goes_and_the_rest_of_its_group_stays() -> None:
+    template = byte_template(12)
+    ranked = group("Hi", ["x" * 20, "a", "b"], [(0, 1), (1, 2)])
+    data = encode_groups([ranked], template, "truncate")
+    assert texts(data, 0, template) == ["Hi\na</s>", "Hi\nb</s>"]
+    assert data[0].chosen.tolist() == [0] and data[0].rejected.tolist() == [1]
+    assert data.report == EncodeReport(groups=1, pairs=1, overlong_responses=1, dropped_pairs=1)
+
+
+def test_dropping_leaves_overlong_responses_out_and_counts_them() -> None:
+    template = byte_template(12)
+    ranked = group("0123456", ["a", "bcdefgh", "i"], [(0, 1), (2, 1), (0, 2)])
+    lost = group("0123456789ab", ["a", "b"])
+    data = encode_groups([ranked, lost], template, "error")
+    assert texts(data, 0, template) == ["0123456\na</s>", "0123456\ni</s>"]
+    assert data.report == EncodeReport(groups=1, pairs=1, overlong_responses=3, dropped_pairs=3)
+
+
+def test_pairs_that_become_identical_are_dropped_and_counted() -> None:
+    """One response as the sampler gave it, with its end, the other without."""
+    same = group("Hi", ["yes", "yes</s>", "no"], [(0, 1), (0, 2)])
+    data = encode_groups([same], byte_template(), "truncate")
+    assert data.report == EncodeReport(groups=1, pairs=1, identical_pairs=1)
+    assert len(data[0].tokens.suffixes) == 2
+
+
+def test_empty_responses_are_dropped_and_counted() -> None:
+    empty = group("Hi", ["</s>", "a", "b"], [(1, 0), (1, 2)])
+    data = encode_groups([empty], byte_template(), "truncate")
+    assert data.report == EncodeReport(groups=1, pairs=1, empty_responses=1, dropped_pairs=1)
+
+
+def test_nothing_left_is_an_error_that_says_why() -> None:
+    with pytest.raises(DataError, match=r"no pair is left.*1 identical"):
+        encode_groups([group("Hi", ["a", "a</s>"])], byte_template(), "truncate")
+
+
+def test_a_row_that_cannot_be_encoded_is_an_error_that_names_it() -> None:
+    messages: list[Message] = [{"role": "assistant", "content": "a"}]
+    other: list[Message] = [{"role": "assistant", "content": "b"}]
+    with pytest.raises(DataError, match=r"file\.jsonl:7: response 1: messages need a chat"):
+        encode_groups([group([], [messages, other])], byte_template(), "truncate")
+
+
+def test_the_report_says_what_happened_and_nothing_else() -> None:
+    report = EncodeReport(groups=3, pairs=5, identical_pairs=2)
+    assert str(report) == "encoded 3 groups, 5 pairs, 2 identical pairs"
+
+
+def test_the_same_data_is_encoded_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = [group("Hi", ["a", "b"]), group("Ho", ["a", "a</s>", "b"], [(0, 1), (0, 2)])]
+    first = encode_groups(groups, byte_template(), "truncate")
+    monkeypatch.setattr(Template, "encode", lambda *_: pytest.fail("encoded again"))
+    again = encode_groups(groups, byte_template(), "truncate")
+    assert len(list(cache.iterdir())) == 1
+    assert again.report == first.report and again.fingerprint == first.fingerprint
+    for i in range(2):
+        assert all(map(np.array_equal, first[i].tokens.rows, again[i].tokens.rows))
+
+
+def test_whatever_changes_the_ids_is_encoded_anew(cache: Path) -> None:
+    groups = [group("Hi", ["a", "b"])]
+    template = byte_template()
+    chat = byte_template()
+    chat.tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    encode_groups(groups, template, "truncate")
+    encode_groups(groups, template, "error")
+    encode_groups([group("Hi", ["b", "a"])], template, "truncate")
+    encode_groups([group("Hi", ["a", "b"], finished=[True, False])], template, "truncate")
+    encode_groups(groups, byte_template(50), "truncate")
+    encode_groups(groups, replace(template, spec=replace(template.spec, separator=" ")), "truncate")
+    encode_groups(groups, chat, "truncate")
+    other_end = encode_groups(groups, byte_template(eos="<end>"), "truncate")
+    assert texts(other_end, 0, template) == ["Hi\na<end>", "Hi\nb<end>"]
+    assert len(list(cache.iterdir())) == 8
+
+
+# The order of training ----------------------------------------------------------------------------
+
+
+def schedule(groups: int = 10, per_step: int = 4, epochs: float = 1.0, seed: int = 0) -> Schedule:
+    return Schedule(groups, per_step, epochs, seed, "ab" * 32)
+
+
+@pytest.mark.parametrize(("groups", "per_step"), [(10, 4), (8, 4), (3, 5), (1, 1)])
+def test_every_epoch_covers_every_group_once(groups: int, per_step: int) -> None:
+    plan = schedule(groups, per_step, epochs=3)
+    assert plan.steps == 3 * plan.steps_per_epoch
+    for epoch in range(3):
+        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        seen = [i for step in steps for i in plan[step]]
+        assert sorted(seen) == list(range(groups))
+        assert all(1 <= len(plan[step]) <= per_step for step in steps)
+
+
+def test_the_order_is_a_function_of_seed_epoch_and_data() -> None:
+    def order(plan: Schedule, epoch: int = 0) -> list[list[int]]:
+        n = plan.steps_per_epoch
+        return [plan[step] for step in range(epoch * n, (epoch + 1) * n)]
+
+    plan = schedule(100)
+    assert order(schedule(100)) == order(plan)
+    assert order(plan, 1) != order(plan)
+    assert order(schedule(100, seed=1)) != order(plan)
+    assert order(replace(plan, fingerprint="cd" * 32, _orders={})) != order(plan)
+    # As after resuming: any step first.
+    assert schedule(100)[37] == plan[37]
+
+
+def test_the_order_is_pinned() -> None:
+    """Another order would not resume the runs of an earlier version."""
+    plan = schedule(5, 2)
+    assert [plan[step] for step in range(3)] == [[4, 0], [1, 3], [2]]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps"), [(1.0, 25), (0.5, 12), (2.2, 55), (0.001, 1), (1.02, 26)]
+)
+def test_a_fraction_of_an_epoch_stops_early(epochs: float, steps: int) -> None:
+    assert schedule(100, 4, epochs).steps == steps

@@ -1,0 +1,181 @@
+"""Figures by hand on small cases."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rayrm.data import Group, Preference
+from rayrm.engine import RewardModel
+from rayrm.evaluate import ScoredGroup, calibration_error, evaluate, summarize
+
+NAN = float("nan")
+
+
+def group(
+    rewards: Sequence[float],
+    pairs: Sequence[tuple[int, int]] = ((0, 1),),
+    labels: Sequence[float] | None = None,
+    lengths: Sequence[float] | None = None,
+    subset: str = "",
+) -> ScoredGroup:
+    return ScoredGroup(
+        np.array(rewards, dtype=np.float32),
+        np.array(lengths or range(1, len(rewards) + 1), dtype=np.float64),
+        np.array(pairs, dtype=np.int64).reshape(-1, 2),
+        np.array(labels or [1.0] * len(pairs)),
+        subset,
+    )
+
+
+def test_accuracy_margin_and_loss_by_hand() -> None:
+    """Margins 1, -2, 0: one right, one wrong, one tie."""
+    figures = summarize([group([1.5, 0.5]), group([0, 2]), group([3, 3])])
+    assert figures["accuracy"] == 0.5
+    assert figures["pairs"] == figures["groups"] == 3
+    assert figures["margin"] == pytest.approx(-1 / 3)
+    # log(1 + e^-1), log(1 + e^2), log 2
+    assert figures["loss"] == pytest.approx((0.3132617 + 2.1269280 + 0.6931472) / 3)
+    assert figures["reward_mean"] == pytest.approx(10 / 6)
+    assert figures["reward_std"] == pytest.approx(1.1426091)
+    assert figures["failed_responses"] == figures["failed_pairs"] == 0
+
+
+@pytest.mark.parametrize(("label", "accuracy"), [(0.9, 1.0), (0.4, 0.0), (0.0, 0.0)])
+def test_a_soft_label_below_a_half_turns_the_pair(label: float, accuracy: float) -> None:
+    figures = summarize([group([1, 0], labels=[label])])
+    assert figures["accuracy"] == accuracy
+    assert figures["margin"] == (1 if accuracy else -1)
+
+
+def test_a_label_of_a_half_prefers_nothing_and_has_not_failed() -> None:
+    figures = summarize([group([1, 0], labels=[0.5]), group([1, 0])])
+    assert (figures["pairs"], figures["failed_pairs"], figures["accuracy"]) == (1, 0, 1.0)
+
+
+def test_rewards_that_failed_are_counted_and_left_out() -> None:
+    figures = summarize(
+        [
+            group([1, NAN, 0], [(0, 1), (0, 2), (2, 1)]),
+            group([NAN, NAN]),
+            group([2, float("inf")]),
+        ]
+    )
+    assert figures["failed_responses"] == 4
+    assert figures["failed_pairs"] == 4 and figures["pairs"] == 1
+    assert figures["accuracy"] == 1.0
+    assert figures["reward_mean"] == 1.0 and figures["reward_std"] == pytest.approx(0.8164966)
+    assert figures["best_of_n"] is None
+    json.dumps(figures, allow_nan=False)
+
+
+def test_nothing_scored_gives_no_figures() -> None:
+    for groups in ([group([NAN, NAN])], [group([1, 2], [])]):
+        figures = summarize(groups)
+        for name in ("accuracy", "margin", "loss", "ece", "best_of_n"):
+            assert figures[name] is None
+
+
+def test_best_of_n_is_how_often_the_highest_reward_is_unbeaten() -> None:
+    hit = group([0, 2, 1], [(1, 0), (1, 2)])
+    miss = group([3, 2, 1], [(1, 0), (1, 2)])
+    unjudged = group([0, 1, 2], [(0, 1)])  # nothing is preferred to the last
+    pair = group([1, 0])
+    assert summarize([hit, miss, pair])["best_of_n"] == 0.5
+    assert summarize([hit, unjudged])["best_of_n"] == 1.0
+    turned = group([3, 2, 1], [(1, 0), (1, 2)], labels=[0.2, 0.9])
+    assert summarize([turned])["best_of_n"] == 1.0
+    undecided = group([3, 2, 1], [(0, 1), (0, 2)], labels=[0.5, 0.5])
+    assert summarize([undecided])["best_of_n"] == 1.0
+    assert summarize([pair])["best_of_n"] is None
+
+
+def test_best_of_n_gives_equal_rewards_what_chance_would() -> None:
+    """A constant model does not win because the best response stands first in the data."""
+    assert summarize([group([1, 1, 1, 1], [(0, 1), (0, 2), (0, 3)])])["best_of_n"] == 0.25
+    assert summarize([group([2, 2, 1], [(0, 1), (0, 2)])])["best_of_n"] == 0.5
+
+
+def test_calibration_error_by_hand() -> None:
+    """σ(1) = 0.7310586 (bin 5 of ten over [0.5, 1]), σ(3) = 0.9525741 (bin 10)."""
+    margins = np.array([1.0, 1.0, -1.0, 3.0])
+    expected = (abs(3 * 0.7310586 - 2) + abs(0.9525741 - 1)) / 4
+    assert calibration_error(margins) == pytest.approx(expected, abs=1e-6)
+    assert calibration_error(np.array([0.0])) == 0.0  # half sure, half right
+    assert calibration_error(np.array([100.0, 100.0])) == pytest.approx(0, abs=1e-9)
+    assert calibration_error(np.array([-100.0])) == pytest.approx(1)
+    assert calibration_error(np.array([])) is None
+    assert summarize([group([1, 0]), group([0, 1])])["ece"] == pytest.approx(0.2310586)
+
+
+def test_length_correlation_is_within_groups() -> None:
+    """Longer wins in each group; between groups the longer ones have the lower rewards."""
+    short, long = group([10, 11], lengths=[1, 2]), group([0, 1], lengths=[101, 102])
+    assert summarize([short, long])["length_correlation"] == pytest.approx(1)
+    turned = group([1, 0], lengths=[1, 2])
+    assert summarize([turned])["length_correlation"] == pytest.approx(-1)
+    assert summarize([short, turned])["length_correlation"] == pytest.approx(0, abs=1e-9)
+    assert summarize([group([1, 0], lengths=[5, 5])])["length_correlation"] is None
+    assert summarize([group([1, NAN, 0], lengths=[5, 1, 6])])["length_correlation"] == (
+        pytest.approx(-1)
+    )
+
+
+def test_subsets_have_their_own_accuracy() -> None:
+    figures = summarize(
+        [
+            group([1, 0], subset="b"),
+            group([0, 1], subset="a"),
+            group([1, 0], subset="b"),
+            group([1, NAN], subset="c"),
+        ]
+    )
+    assert figures["subsets"] == {
+        "a": {"accuracy": 0.0, "pairs": 1},
+        "b": {"accuracy": 1.0, "pairs": 2},
+        "c": {"accuracy": None, "pairs": 0},
+    }
+    assert list(figures["subsets"]) == ["a", "b", "c"]
+
+
+# With a model -------------------------------------------------------------------------------------
+
+
+def preferences(prompt: str, responses: list[str], *pairs: tuple[int, int]) -> Group:
+    wins = [Preference(*pair) for pair in pairs]
+    return Group(prompt, list(responses), wins, [True] * len(responses), prompt[:1], "f:1")
+
+
+def test_evaluating_is_scoring_and_summing_up(tiny_export: Path) -> None:
+    model = RewardModel.load(tiny_export, device="cpu")
+    groups = [
+        preferences("a prompt", ["red", "blue and red", "apples"], (0, 1), (0, 2)),
+        preferences("another", ["Paris", "London is"], (1, 0)),
+        preferences("b", ["x", "word " * 200], (0, 1)),
+    ]
+    figures = evaluate(model, groups)
+    values = model.score(
+        [g.prompt for g in groups for _ in g.responses], [r for g in groups for r in g.responses]
+    ).values
+    margins = [values[0] - values[1], values[0] - values[2], values[4] - values[3]]
+    assert figures["accuracy"] == pytest.approx(np.mean([m > 0 for m in margins]))
+    assert figures["margin"] == pytest.approx(np.mean(margins), rel=1e-5)
+    assert (figures["pairs"], figures["failed_pairs"], figures["failed_responses"]) == (3, 1, 1)
+    assert figures["subsets"]["b"] == {"accuracy": None, "pairs": 0}
+    assert figures["truncated"] == 0
+    json.dumps(figures, allow_nan=False)
+
+
+def test_length_counts_response_tokens_even_where_some_prompts_were_cut(tiny_export: Path) -> None:
+    """Responses of 5 to 120 characters to one prompt that only the longer ones do not fit with."""
+    model = RewardModel.load(tiny_export, device="cpu", max_length=150, overlong="truncate")
+    groups = [preferences("@" * 60, ["#" * n for n in (5, 20, 60, 100, 120)], (0, 1))]
+    figures = evaluate(model, groups)
+    assert 0 < figures["truncated"] < 5
+    values = model.score(["@" * 60] * 5, groups[0].responses).values
+    expected = np.corrcoef(values, [5, 20, 60, 100, 120])[0, 1]
+    assert figures["length_correlation"] == pytest.approx(expected, abs=1e-4)

@@ -1,0 +1,76 @@
+"""The commands: what they print, write and refuse, run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("job", ["train", "serve", "evaluate"])
+def test_help_does_not_wait_for_torch_or_ray(job: str) -> None:
+    code = (
+        "import runpy, sys; sys.argv = ['job', '--help']\n"
+        f"try: runpy.run_path('jobs/{job}.py', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "sys.exit(bool({'torch', 'ray', 'deepspeed'} & sys.modules.keys()))"
+    )
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert "usage" in result.stdout.lower() or "python jobs/" in result.stdout
+
+
+def test_train_help_lists_every_override() -> None:
+    text = run("jobs/train.py", "--help").stdout
+    assert "--train.learning_rate" in text and "--deepspeed.zero_stage" in text
+
+
+def test_a_wrong_override_stops_before_anything_loads() -> None:
+    started = time.monotonic()
+    result = run("jobs/train.py", "jobs/configs/quickstart.yaml", "--train.epoch", "3")
+    assert result.returncode == 1
+    assert "train.epoch" in result.stderr and "epochs" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert time.monotonic() - started < 10
+
+
+def test_evaluate_writes_all_figures_as_json(tiny_export: Path, tmp_path: Path) -> None:
+    data = tmp_path / "test.jsonl"
+    records = [
+        {"prompt": f"Name {i}", "chosen": "apples", "rejected": "pears", "subset": "ab"[i % 2]}
+        for i in range(6)
+    ]
+    data.write_text("".join(json.dumps(r) + "\n" for r in records))
+    out = tmp_path / "figures" / "out.json"
+    result = run("jobs/evaluate.py", tiny_export, data, "--json", out)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(out.read_text())
+    assert figures["pairs"] == 6
+    assert 0 <= figures["accuracy"] <= 1
+    assert {k: v["pairs"] for k, v in figures["subsets"].items()} == {"a": 3, "b": 3}
+    assert figures["version"].startswith("tiny@")
+    assert "accuracy" in result.stdout
+
+
+def test_evaluate_says_what_is_missing_and_where(tiny_export: Path, tmp_path: Path) -> None:
+    data = tmp_path / "test.jsonl"
+    data.write_text('{"prompt": "Name one", "chosen": "apples", "rejected": "pears"}\n')
+    for export, records, missing in (
+        (tmp_path / "no-export", data, "no-export"),
+        (tiny_export, tmp_path / "no-data.jsonl", "no-data.jsonl"),
+    ):
+        result = run("jobs/evaluate.py", export, records)
+        assert result.returncode == 1
+        assert str(tmp_path / missing) in result.stderr
+        assert "Error: " in result.stderr and "Traceback" not in result.stderr

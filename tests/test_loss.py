@@ -1,0 +1,143 @@
+"""Bradley-Terry by hand, and a step that does not depend on how it was cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from rayrm.loss import Pairs, bradley_terry
+from rayrm.packing import TokenGroup
+from tests.tiny import furthest, random_groups, scored, tiny_model
+
+
+def pairs(
+    chosen: Sequence[int],
+    rejected: Sequence[int],
+    margin: Sequence[float] | None = None,
+    label: Sequence[float] | None = None,
+) -> Pairs:
+    n = len(chosen)
+    return Pairs(
+        torch.tensor(chosen),
+        torch.tensor(rejected),
+        torch.tensor(margin or [0.0] * n),
+        torch.tensor(label or [1.0] * n),
+    )
+
+
+# One pair with rewards 1.5 and 0.5. log(1 + e^-1) = 0.3132617, log(1 + e^1) = 1.3132617.
+@pytest.mark.parametrize(
+    ("margin", "label", "centering", "smoothing", "expected"),
+    [
+        (0.0, 1.0, 0.0, 0.0, 0.3132617),
+        (0.5, 1.0, 0.0, 0.0, 0.4740770),  # log(1 + e^-0.5)
+        (2.0, 1.0, 0.0, 0.0, 1.3132617),  # log(1 + e^1)
+        (0.0, 1.0, 0.01, 0.0, 0.3532617),  # + 0.01 · (1.5 + 0.5)²
+        (0.0, 1.0, 0.0, 0.1, 0.4132617),  # 0.9 · 0.3132617 + 0.1 · 1.3132617
+        (0.0, 0.7, 0.0, 0.0, 0.6132617),  # 0.7 · 0.3132617 + 0.3 · 1.3132617
+        (0.0, 0.0, 0.0, 0.0, 1.3132617),
+        (0.0, 0.7, 0.0, 0.1, 0.6532617),  # p = 0.7 · 0.9 + 0.3 · 0.1 = 0.66
+        (0.5, 0.7, 0.02, 0.0, 0.7040770),  # 0.7 · 0.4740770 + 0.3 · 0.9740770 + 0.02 · 4
+    ],
+)
+def test_golden_values(
+    margin: float, label: float, centering: float, smoothing: float, expected: float
+) -> None:
+    loss = bradley_terry(
+        torch.tensor([1.5, 0.5]),
+        pairs([0], [1], [margin], [label]),
+        centering=centering,
+        label_smoothing=smoothing,
+    )
+    assert loss.ndim == 0
+    assert float(loss) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_ranking_sums_over_its_pairs() -> None:
+    """Rewards 2, 1, 0: log(1 + e^-1) twice and log(1 + e^-2) = 0.1269280."""
+    loss = bradley_terry(torch.tensor([2.0, 1.0, 0.0]), pairs([0, 0, 1], [1, 2, 2]))
+    assert float(loss) == pytest.approx(2 * 0.3132617 + 0.1269280, abs=1e-6)
+
+
+def test_gradients_by_hand() -> None:
+    """d/dr of -log σ(1) is ∓σ(-1) = ∓0.2689414; centering adds 2 · 0.01 · 2 to both."""
+    rewards = torch.tensor([1.5, 0.5], requires_grad=True)
+    bradley_terry(rewards, pairs([0], [1]), centering=0.01).backward()
+    assert rewards.grad is not None
+    assert rewards.grad.tolist() == pytest.approx([-0.2689414 + 0.04, 0.2689414 + 0.04], abs=1e-6)
+
+
+def test_rewards_of_two_dimensions_are_refused() -> None:
+    with pytest.raises(AssertionError, match=r"\[K\]"):
+        bradley_terry(torch.zeros(2, 1), pairs([0], [1]))
+
+
+@pytest.mark.parametrize("difference", [1e3, -1e3, 1e15, -1e15])
+def test_large_margins_stay_finite(difference: float) -> None:
+    rewards = torch.tensor([difference, 0.0], requires_grad=True)
+    loss = bradley_terry(rewards, pairs([0], [1]), label_smoothing=0.1)
+    loss.backward()
+    assert loss.isfinite()
+    assert rewards.grad is not None and rewards.grad.isfinite().all()
+
+
+def test_bf16_rewards_are_compared_in_fp32() -> None:
+    rewards = torch.tensor([8.0, 8.0625], dtype=torch.bfloat16)
+    loss = bradley_terry(rewards, pairs([1], [0]))
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(0.6623853, abs=1e-6)  # log(1 + e^-0.0625)
+
+
+# One optimizer step of a model, cut in every way.
+
+
+def random_pairs(groups: Sequence[TokenGroup]) -> list[tuple[int, int]]:
+    """Neighbours of every group's responses, as indices into all rows."""
+    starts = np.cumsum([0, *(len(group.suffixes) for group in groups)])
+    return [
+        (int(start) + i, int(start) + i + 1)
+        for start, group in zip(starts[:-1], groups, strict=True)
+        for i in range(len(group.suffixes) - 1)
+    ]
+
+
+def step(packs: list[list[TokenGroup]]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Mean loss over the step's pairs, and its gradients, one backward per pack."""
+    net = tiny_model("gpt2")
+    count = sum(len(random_pairs(groups)) for groups in packs)
+    total = 0.0
+    for groups in packs:
+        compared = random_pairs(groups)
+        loss = bradley_terry(
+            scored(net, [groups]),
+            pairs([a for a, _ in compared], [b for _, b in compared]),
+            centering=0.01,
+        )
+        (loss / count).backward()
+        total += loss.item() / count
+    return total, {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+
+
+def test_a_step_is_the_same_in_one_two_or_many_packs() -> None:
+    groups = [g for seed in range(2) for g in random_groups(seed) if len(g.suffixes) > 1]
+    loss, grads = step([groups])
+    for packs in ([groups[:1], groups[1:]], [groups[3:], groups[:3]], [[g] for g in groups]):
+        again, others = step(packs)
+        assert again == pytest.approx(loss, abs=1e-12)
+        assert furthest(grads, others) <= 1e-11
+
+
+def test_a_step_is_the_same_from_groups_and_from_their_pairs() -> None:
+    groups = [g for g in random_groups() if len(g.suffixes) > 1]
+    apart = [
+        TokenGroup.from_rows(group.rows[i : i + 2])
+        for group in groups
+        for i in range(len(group.suffixes) - 1)
+    ]
+    loss, grads = step([groups])
+    again, others = step([apart])
+    assert again == pytest.approx(loss, abs=1e-12)
+    assert furthest(grads, others) <= 1e-11

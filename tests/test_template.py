@@ -1,0 +1,576 @@
+"""Rows as the models' own templates write them: one BOS, one end, nothing behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from rayrm.errors import (
+    EmptyResponse,
+    InvalidRow,
+    InvalidTokenIds,
+    ModelError,
+    RowError,
+    RowTooLong,
+)
+from rayrm.packing import Ids
+from rayrm.template import (
+    Row,
+    Template,
+    TemplateSpec,
+    fingerprint,
+    is_ids,
+    prompt_key,
+    set_pad_token,
+)
+from tests.conftest import CHATML, tiny_tokenizer
+from tests.tiny import byte_tokenizer
+
+LLAMA2 = """{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}\
+{{ raise_exception('roles must alternate user/assistant') }}{% endif %}\
+{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}\
+{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"""
+MISTRAL = """{{ bos_token }}{% for m in messages %}\
+{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}\
+{{ raise_exception('roles must alternate user/assistant') }}{% endif %}\
+{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}\
+{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"""
+LLAMA3 = """{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}\
+{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + \
+'<|eot_id|>' }}{% endfor %}"""
+GEMMA = """{{ bos_token }}{% for m in messages %}\
+{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}\
+{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + \
+m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"""
+PHI3 = """{% for m in messages %}\
+{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"""
+PLAIN = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+
+# special tokens, chat template, eos, bos, the rendered row of "Hi"/"Paris", its end
+STYLES: dict[str, tuple[list[str], str, str, str | None, str, str]] = {
+    "chatml": (
+        ["<pad>", "<|im_start|>", "<|im_end|>"],
+        CHATML,
+        "<|im_end|>",
+        "<|im_start|>",
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nParis",
+        "<|im_end|>",
+    ),
+    "qwen": (
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        CHATML,
+        "<|im_end|>",
+        None,
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nParis",
+        "<|im_end|>",
+    ),
+    "llama2": (
+        ["<unk>", "<s>", "</s>"],
+        LLAMA2,
+        "</s>",
+        "<s>",
+        "<s>[INST] Hi [/INST] Paris",
+        " </s>",
+    ),
+    "mistral": (
+        ["<unk>", "<s>", "</s>"],
+        MISTRAL,
+        "</s>",
+        "<s>",
+        "<s>[INST] Hi [/INST] Paris",
+        "</s>",
+    ),
+    "llama3": (
+        ["<|begin|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|reserved|>"],
+        LLAMA3,
+        "<|eot_id|>",
+        "<|begin|>",
+        "<|begin|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nParis",
+        "<|eot_id|>",
+    ),
+    "gemma": (
+        ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"],
+        GEMMA,
+        "<eos>",
+        "<bos>",
+        "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nParis",
+        "<end_of_turn>",
+    ),
+    "phi3": (
+        ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"],
+        PHI3,
+        "<|endoftext|>",
+        None,
+        "<|user|>\nHi<|end|>\n<|assistant|>\nParis",
+        "<|end|>\n<|endoftext|>",
+    ),
+    "no special token": (
+        ["<unk>", "</s>"],
+        PLAIN,
+        "</s>",
+        None,
+        "user: Hi\nassistant: Paris",
+        "</s>",
+    ),
+}
+styles = pytest.mark.parametrize("style", STYLES)
+
+
+def template(
+    style: str, max_length: int = 1000, format: Literal["chat", "text"] = "chat"
+) -> Template:
+    special, jinja, eos, bos, _, _ = STYLES[style]
+    named = {"eos_token": eos} | ({"bos_token": bos} if bos else {})
+    tokenizer = byte_tokenizer(special, template=jinja, adds_bos=bos is not None, **named)
+    spec = TemplateSpec(format, "\n", max_length, fingerprint(tokenizer))
+    set_pad_token(tokenizer)
+    return Template(tokenizer, spec)
+
+
+def text_template(
+    adds_bos: bool = False, separator: str = "\n", max_length: int = 1000
+) -> Template:
+    """A base model's tokenizer, which has no chat template."""
+    tokenizer = byte_tokenizer(
+        ["<unk>", "<s>", "</s>"], bos_token="<s>", eos_token="</s>", adds_bos=adds_bos
+    )
+    return Template(tokenizer, TemplateSpec("text", separator, max_length, fingerprint(tokenizer)))
+
+
+def encode(template: Template, prompt: Any, response: Any, finished: bool = True) -> Ids:
+    (ids,) = template.encode([Row(prompt, response, finished)])
+    assert isinstance(ids, np.ndarray), ids
+    assert ids.dtype == np.int32
+    return ids
+
+
+def text(template: Template, ids: Sequence[int] | Ids) -> str:
+    decoded = template.tokenizer.decode(ids, skip_special_tokens=False)
+    assert isinstance(decoded, str)
+    return decoded
+
+
+def failure(template: Template, prompt: Any, response: Any, finished: bool = True) -> RowError:
+    good = Row("Hi", "Paris")
+    results = template.encode([good, Row(prompt, response, finished), good])
+    assert isinstance(results[1], RowError), results[1]
+    good_ids = [ids for ids in results if isinstance(ids, np.ndarray)]
+    assert len(good_ids) == 2 and np.array_equal(good_ids[0], good_ids[1])
+    return results[1]
+
+
+# Chat -------------------------------------------------------------------------------------------
+
+
+@styles
+def test_a_row_is_what_the_template_renders_up_to_the_end_of_turn(style: str) -> None:
+    chat = template(style)
+    body, end = STYLES[style][4:]
+    assert text(chat, encode(chat, "Hi", "Paris")) == body + end
+
+
+@styles
+def test_a_row_ends_in_a_special_token_that_never_pads(style: str) -> None:
+    chat = template(style)
+    last = encode(chat, "Hi", "Paris")[-1]
+    assert chat.tokenizer.added_tokens_decoder[int(last)].special
+    assert last != chat.tokenizer.pad_token_id
+
+
+@styles
+def test_ids_are_those_of_transformers_own_rendering(style: str) -> None:
+    chat = template(style)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Paris"}]
+    theirs = chat.tokenizer.apply_chat_template(messages, return_dict=False)
+    ours = encode(chat, "Hi", "Paris").tolist()
+    if style == "no special token":
+        assert ours[:-1] == theirs[:-1] and ours[-1] == chat.tokenizer.eos_token_id
+    else:
+        assert theirs[: len(ours)] == ours
+        assert text(chat, theirs[len(ours) :]).strip() == ""
+
+
+@styles
+def test_bos_stands_once(style: str) -> None:
+    chat = template(style)
+    bos = STYLES[style][3]
+    if bos is not None and style != "chatml":
+        row = encode(chat, "Hi", "Paris").tolist()
+        assert row[0] == chat.tokenizer.bos_token_id
+        assert row.count(chat.tokenizer.bos_token_id) == 1
+
+
+@styles
+def test_an_end_that_the_sampler_kept_does_not_stand_twice(style: str) -> None:
+    chat = template(style)
+    expected = encode(chat, "Hi", "Paris")
+    end = STYLES[style][5]
+    for kept in {end, end.strip(), end.split("\n")[0].strip()}:
+        assert text(chat, encode(chat, "Hi", "Paris" + kept)) == text(chat, expected)
+        messages = [{"role": "assistant", "content": "Paris" + kept}]
+        assert np.array_equal(encode(chat, "Hi", messages), expected)
+
+
+@styles
+def test_an_unfinished_row_is_not_closed(style: str) -> None:
+    chat = template(style)
+    body = STYLES[style][4]
+    assert text(chat, encode(chat, "Hi", "Paris", finished=False)) == body
+
+
+@styles
+def test_messages_and_their_text_are_one_row(style: str) -> None:
+    chat = template(style)
+    user, assistant = (
+        {"role": r, "content": c} for r, c in (("user", "Hi"), ("assistant", "Paris"))
+    )
+    expected = encode(chat, "Hi", "Paris")
+    for prompt, response in (("Hi", [assistant]), ([user], "Paris"), ([user], [assistant])):
+        assert np.array_equal(encode(chat, prompt, response), expected)
+
+
+@styles
+def test_an_end_inside_the_response_stays(style: str) -> None:
+    chat = template(style)
+    body, end = STYLES[style][4:]
+    inside = end.strip().split("\n")[-1] + "Rome"
+    assert text(chat, encode(chat, "Hi", "Paris" + inside)) == body + inside + end
+
+
+def test_whitespace_of_the_response_is_kept_where_the_template_keeps_it() -> None:
+    chatml, llama3 = template("chatml"), template("llama3")
+    assert text(chatml, encode(chatml, "Hi", " Paris \n")).endswith(
+        "assistant\n Paris \n<|im_end|>"
+    )
+    assert text(llama3, encode(llama3, "Hi", " Paris \n")).endswith("\n\nParis<|eot_id|>")
+
+
+def test_a_response_of_several_messages_is_scored_whole() -> None:
+    chat = template("chatml")
+    response = [
+        {"role": "assistant", "content": "Where?"},
+        {"role": "user", "content": "France"},
+        {"role": "assistant", "content": "Paris"},
+    ]
+    row = text(chat, encode(chat, "Hi", response))
+    assert row.endswith(
+        "assistant\nWhere?<|im_end|>\n<|im_start|>user\nFrance<|im_end|>\n"
+        "<|im_start|>assistant\nParis<|im_end|>"
+    )
+
+
+def test_a_conversation_without_a_prompt_is_scored_whole() -> None:
+    """Records whose conversations differ from the first message on share no prompt."""
+    chat = template("chatml")
+    conversation = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Paris"},
+    ]
+    prompts: list[Any] = [[], "", np.array([], dtype=np.int32)]  # as a replica gets an empty list
+    for nothing in prompts:
+        assert np.array_equal(encode(chat, nothing, conversation), encode(chat, "Hi", "Paris"))
+
+
+def test_a_prompt_that_ends_in_an_assistant_message_keeps_it_as_a_turn_of_its_own() -> None:
+    prompt = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well"}]
+    chat = template("chatml")
+    assert text(chat, encode(chat, prompt, "Paris")) == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nWell<|im_end|>\n"
+        "<|im_start|>assistant\nParis<|im_end|>"
+    )
+    error = failure(template("mistral"), prompt, "Paris")
+    assert isinstance(error, InvalidRow) and "must alternate" in str(error)
+
+
+def test_a_template_that_refuses_one_conversation_fails_that_row_alone() -> None:
+    prompt = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}]
+    error = failure(template("gemma"), prompt, "Paris")
+    assert isinstance(error, InvalidRow) and "System role not supported" in str(error)
+
+
+def test_a_template_that_refuses_every_conversation_is_a_model_error() -> None:
+    chat = template("chatml")
+    chat.tokenizer.chat_template = "{{ raise_exception('not for chat') }}"
+    with pytest.raises(ModelError, match="not for chat"):
+        chat.encode([Row("Hi", "Paris")])
+
+
+@pytest.mark.parametrize(
+    "response",
+    ["", "<|im_end|>", [], np.array([]), [{"role": "assistant", "content": ""}]],
+    ids=["nothing", "only the end", "no message", "no ids", "empty message"],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_empty_response_is_an_error(response: Any, finished: bool) -> None:
+    assert isinstance(failure(template("chatml"), "Hi", response, finished), EmptyResponse)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response"),
+    [
+        (None, "Paris"),
+        ("Hi", None),
+        ("Hi", 3.5),
+        ("Hi", b"Paris"),
+        ("Hi", "half an emoji \ud83d"),
+        ("Hi", [{"role": "assistant", "content": None}]),
+        ("Hi", [{"role": "assistant", "content": [{"type": "text", "text": "Paris"}]}]),
+        ([{"content": "Hi"}], "Paris"),
+        ([{"role": "user", "content": 3}], "Paris"),
+        ("Hi", [{"role": "user", "content": "Paris"}]),
+        ("Hi", [5, 6]),
+        ([5, 6], "Paris"),
+        ("Hi", [5, "6"]),
+        ("Hi", [True, False]),
+        ([5], np.array([0.5])),
+        ([5], np.array([[5]])),
+        ([5], np.array(5)),
+        ("", "Paris"),
+    ],
+)
+def test_what_is_not_text_messages_or_ids_is_an_error(prompt: Any, response: Any) -> None:
+    error = failure(template("chatml"), prompt, response)
+    assert isinstance(error, InvalidRow)
+    assert str(error)
+
+
+def test_messages_to_a_model_without_a_template_are_an_error() -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    error = failure(text_template(), messages, "Paris")
+    assert isinstance(error, InvalidRow) and "chat template" in str(error)
+
+
+# Text -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "separator", "adds_bos", "expected"),
+    [
+        ("Hi", "\n", False, "Hi\nParis</s>"),
+        ("Hi", "\n", True, "<s>Hi\nParis</s>"),
+        ("Hi", "", True, "<s>HiParis</s>"),
+        ("Hi", "\n\nA: ", False, "Hi\n\nA: Paris</s>"),
+        ("<s>Hi", "\n", True, "<s>Hi\nParis</s>"),
+        ("", "\n", True, "<s>Paris</s>"),
+        ("", "\n", False, "Paris</s>"),
+    ],
+)
+def test_text_rows_are_prompt_separator_response_eos(
+    prompt: str, separator: str, adds_bos: bool, expected: str
+) -> None:
+    rows = text_template(adds_bos, separator)
+    ids = encode(rows, prompt, "Paris")
+    assert text(rows, ids) == expected
+    assert ids[-1] == rows.tokenizer.eos_token_id
+    assert np.array_equal(encode(rows, prompt, "Paris</s>"), ids)
+    unfinished = encode(rows, prompt, "Paris", finished=False)
+    assert np.array_equal(unfinished, ids[:-1])
+
+
+def test_empty_text_is_an_error() -> None:
+    for response in ("", "</s>"):
+        assert isinstance(failure(text_template(), "Hi", response), EmptyResponse)
+
+
+def test_without_an_eos_a_finished_row_cannot_be_marked() -> None:
+    rows = text_template()
+    rows.tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="no EOS"):
+        rows.encode([Row("Hi", "Paris")])
+
+
+# Ids --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [template("chatml"), text_template(adds_bos=True)])
+@pytest.mark.parametrize("finished", [True, False])
+def test_ids_are_scored_as_given(rows: Template, finished: bool) -> None:
+    for prompt, response in (
+        ([5, 6, 7], [8, 2]),
+        (np.array([5, 6, 7]), np.array([8, 2], dtype=np.int64)),
+        ((5, 6, 7), np.array([8, 2], dtype=np.uint16)),
+        ([], [5, 6, 7, 8, 2]),
+        (np.array([]), [5, 6, 7, 8, 2]),
+    ):
+        assert encode(rows, prompt, response, finished).tolist() == [5, 6, 7, 8, 2]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "named"),
+    [
+        ([5], [9, 10_000], "10000"),
+        ([-1], [9], "-1"),
+        ([5], [2**40], str(2**40)),
+        ([5], [2**70], str(2**70)),
+    ],
+)
+def test_ids_outside_the_vocabulary_are_an_error(
+    prompt: list[int], response: list[int], named: str
+) -> None:
+    chat = template("chatml")
+    error = failure(chat, prompt, response)
+    assert isinstance(error, InvalidTokenIds)
+    assert named in str(error) and str(len(chat.tokenizer)) in str(error)
+
+
+def test_the_last_id_of_the_vocabulary_is_inside() -> None:
+    chat = template("chatml")
+    size = len(chat.tokenizer)
+    assert encode(chat, [size - 1], [5])[0] == size - 1
+    assert isinstance(failure(chat, [size], [5]), InvalidTokenIds)
+
+
+def test_empty_response_ids_are_an_error() -> None:
+    assert isinstance(failure(template("chatml"), [5], []), EmptyResponse)
+    assert isinstance(failure(template("chatml"), [5], np.array([], np.int32)), EmptyResponse)
+
+
+def test_kinds_and_keys_of_prompts() -> None:
+    assert is_ids([1, 2]) and is_ids(np.array([1])) and not is_ids("ab") and not is_ids([True])
+    same = ([5, 6], (5, 6), np.array([5, 6]), np.array([5, 6], dtype=np.uint8))
+    assert len({prompt_key(p) for p in same}) == 1
+    messages = [{"role": "user", "content": "Hi"}]
+    assert prompt_key(messages) == prompt_key([dict(messages[0])]) != prompt_key("Hi")
+
+
+def test_messages_that_json_cannot_hold_are_an_error() -> None:
+    """They could neither be compared nor sent to a replica."""
+    message = {"role": "user", "content": "Hi", "image": object()}
+    assert isinstance(failure(template("chatml"), [message], "Paris"), InvalidRow)
+
+
+# Length -----------------------------------------------------------------------------------------
+
+
+@styles
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_overlong_row_loses_its_prompt_from_the_left_and_never_its_response(
+    style: str, finished: bool
+) -> None:
+    chat = template(style)
+    row = Row("What is the capital of France?", "Paris, I think.", finished)
+    ids = encode(chat, *row)
+    end = STYLES[style][5] if finished else ""
+    for length in range(len(ids) + 2, 0, -1):
+        limited = Template(chat.tokenizer, replace(chat.spec, max_length=length))
+        refused, cut = limited.fit(row, ids, "error")
+        assert not cut and isinstance(refused, RowTooLong if length < len(ids) else np.ndarray)
+        kept, cut = limited.fit(row, ids, "truncate")
+        assert cut == (isinstance(kept, np.ndarray) and length < len(ids))
+        if isinstance(kept, RowError):
+            assert isinstance(kept, RowTooLong)
+            assert str(length) in str(kept) and str(len(ids)) in str(kept)
+            # Refused only where the response and some prompt do not fit.
+            assert length <= len("Paris, I think.") + len(encode(chat, "Hi", "Paris" + end)) - len(
+                encode(chat, "Hi", "P", False)
+            )
+        else:
+            assert len(kept) == min(length, len(ids))
+            assert np.array_equal(kept, ids[-len(kept) :])
+            assert text(chat, kept).endswith("Paris, I think." + end)
+            assert len(text(chat, kept)) > len("Paris, I think." + end), "nothing of the prompt"
+
+
+def test_an_overlong_text_row_keeps_its_response_and_end() -> None:
+    rows = text_template(max_length=10)
+    row = Row("abcdefgh", "Paris")
+    kept, cut = rows.fit(row, encode(rows, *row), "truncate")
+    assert isinstance(kept, np.ndarray) and cut
+    assert text(rows, kept) == "fgh\nParis</s>"
+    lone = Row("abc", "Paris, London")
+    assert isinstance(rows.fit(lone, encode(rows, *lone), "truncate")[0], RowTooLong)
+
+
+def test_a_response_that_holds_its_own_end_is_not_taken_to_be_longer() -> None:
+    chat = template("chatml", max_length=8)
+    for response in ("Paris", "Paris<|im_end|>"):
+        row = Row("Hi", response)
+        kept, cut = chat.fit(row, encode(chat, *row), "truncate")
+        assert isinstance(kept, np.ndarray) and cut
+        assert text(chat, kept) == "t\nParis<|im_end|>"
+
+
+def test_overlong_ids_keep_the_response_ids() -> None:
+    chat = template("chatml", max_length=4)
+    row = Row([5, 6, 7, 8], [9, 10])
+    kept, cut = chat.fit(row, encode(chat, *row), "truncate")
+    assert isinstance(kept, np.ndarray) and kept.tolist() == [7, 8, 9, 10] and cut
+    lone = Row([5], [6, 7, 8, 9])
+    assert isinstance(chat.fit(lone, encode(chat, *lone), "truncate")[0], RowTooLong)
+
+
+def test_a_response_of_several_messages_is_not_cut() -> None:
+    chat = template("chatml")
+    response = [
+        {"role": "assistant", "content": "Where?"},
+        {"role": "user", "content": "France"},
+        {"role": "assistant", "content": "Paris"},
+    ]
+    row = Row("Hi", response)
+    ids = encode(chat, *row)
+    for length in range(len(ids)):
+        limited = Template(chat.tokenizer, replace(chat.spec, max_length=length))
+        kept, _ = limited.fit(row, ids, "truncate")
+        if not isinstance(kept, RowError):
+            assert "Where?" in text(chat, kept)
+
+
+# Pad token and fingerprint ----------------------------------------------------------------------
+
+
+def pad(special: list[str], template: str | None = None, **named: str) -> tuple[str, bool]:
+    tokenizer = byte_tokenizer(special, template=template, adds_bos=False, **named)
+    before = fingerprint(tokenizer)
+    added = set_pad_token(tokenizer)
+    assert added == (fingerprint(tokenizer) != before)
+    chosen = tokenizer.pad_token
+    assert isinstance(chosen, str)
+    assert chosen not in (tokenizer.eos_token, tokenizer.bos_token)
+    return chosen, added
+
+
+@pytest.mark.parametrize(
+    ("special", "named", "chosen"),
+    [
+        (["<pad>", "</s>", "<x>"], {"pad_token": "<x>"}, "<x>"),
+        (["<x>", "</s>", "<my_pad_id>", "<unk>"], {"unk_token": "<unk>"}, "<my_pad_id>"),
+        (["<x>", "</s>", "<unk>"], {"unk_token": "<unk>"}, "<unk>"),
+        (["</s>", "<s>", "<x>", "<y>"], {"bos_token": "<s>"}, "<x>"),
+        (["</s>", "<x>"], {"pad_token": "</s>"}, "<x>"),
+        (["</s>", "<s>", "<x>"], {"pad_token": "<s>", "bos_token": "<s>"}, "<x>"),
+        (["</s>", "<x>"], {"unk_token": "</s>"}, "<x>"),
+    ],
+    ids=["own", "named", "unknown", "other special", "pad = eos", "pad = bos", "unk = eos"],
+)
+def test_an_existing_token_pads(special: list[str], named: dict[str, str], chosen: str) -> None:
+    assert pad(special, eos_token="</s>", **named) == (chosen, False)
+
+
+def test_a_token_of_the_chat_template_never_pads() -> None:
+    special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    assert pad(special, CHATML, eos_token="<|endoftext|>") == ("<|pad|>", True)
+    # A base tokenizer whose pad token is what its chat template ends in.
+    assert pad([*special, "<x>"], CHATML, eos_token="<|endoftext|>", pad_token="<|im_end|>") == (
+        "<x>",
+        False,
+    )
+
+
+def test_a_token_is_added_as_the_last_resort() -> None:
+    assert pad(["</s>"], eos_token="</s>", pad_token="</s>") == ("<|pad|>", True)
+
+
+def test_fingerprints_tell_vocabularies_apart() -> None:
+    def tokenizer(*special: str) -> PreTrainedTokenizerBase:
+        return byte_tokenizer(special, eos_token=special[0])
+
+    assert fingerprint(tokenizer("a1", "b2")) == fingerprint(tokenizer("a1", "b2"))
+    assert fingerprint(tokenizer("a1", "b2")) != fingerprint(tokenizer("b2", "a1"))
+    assert len(fingerprint(tiny_tokenizer())) == 64
