@@ -27,6 +27,9 @@ from rayrm.errors import DataError, EmptyResponse, RowError, RowTooLong
 from rayrm.packing import Ids, TokenGroup
 from rayrm.template import Overlong, Row, Template
 
+# Part of the cache's key: goes up whenever the same groups would be encoded differently.
+ENCODING = 1
+
 
 @dataclass(frozen=True)
 class PreferenceGroup:
@@ -98,7 +101,7 @@ def encode_groups(
     made_from = data_fingerprint(groups)
     tokenizer = template.tokenizer
     marks = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]
-    key = json.dumps([made_from, asdict(template.spec), marks, overlong])
+    key = json.dumps([ENCODING, made_from, asdict(template.spec), marks, overlong])
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rayrm" / "encoded"
     directory = cache / hashlib.sha256(key.encode()).hexdigest()[:32]
     if not directory.exists():

@@ -224,10 +224,9 @@ def load_model(config: TrainConfig) -> tuple[PreTrainedModel, Template]:
         config.model.path,
         seed=config.train.seed,
         dropout=config.model.dropout,
+        chat_template=config.data.chat_template,
         trust_remote_code=config.model.trust_remote_code,
     )
-    if config.data.chat_template is not None:
-        tokenizer.chat_template = config.data.chat_template
     form = config.data.format
     if form == "auto":
         form = "chat" if tokenizer.chat_template else "text"

@@ -53,13 +53,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def quiet() -> Iterator[None]:
     """No progress bars, and no report that the head is new: rayrm knows and says so itself."""
     verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 class RewardHead(nn.Linear):
@@ -104,16 +106,24 @@ def pack_tensors(pack: Pack, device: torch.device) -> tuple[Tensor, Tensor, Tens
 
 @quiet()
 def load_base(
-    path: str, *, seed: int = 0, dropout: float = 0.0, trust_remote_code: bool = False
+    path: str,
+    *,
+    seed: int = 0,
+    dropout: float = 0.0,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """A base model in fp32 with a head, its tokenizer, and the tokenizer's fingerprint.
 
     A head that the checkpoint has is kept; a new one is drawn with std 1/√(width+1), by the seed.
+    chat_template replaces the tokenizer's.
     path is a directory, a hub name, or DEFAULT_BASE. Raises ModelError.
     """
-    directory = find_model(path)
+    directory = find_model(path, trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     made_by = fingerprint(tokenizer)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     pad_added = set_pad_token(tokenizer)
     config = load_config(directory, dropout=dropout, trust_remote_code=trust_remote_code)
     config.pad_token_id = tokenizer.pad_token_id
@@ -219,7 +229,7 @@ def check_max_length(max_length: int, config: PretrainedConfig) -> None:
         )
 
 
-def find_model(path: str) -> str:
+def find_model(path: str, trust_remote_code: bool = False) -> str:
     """A directory or hub name that transformers can load; DEFAULT_BASE is unpacked on first use."""
     if path == DEFAULT_BASE:
         return str(default_base())
@@ -228,7 +238,7 @@ def find_model(path: str) -> str:
             raise ModelError(f"no config.json in {Path(path).resolve()}: not a model directory")
         return path
     try:
-        AutoConfig.from_pretrained(path)
+        AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"no model {path!r}: no directory {Path(path).resolve()}, and the hub gave: "

@@ -17,7 +17,7 @@ from typing import Any
 
 from rayrm.errors import DataError
 
-# `datasets` is imported where it is called: types of data.py, which imports this, serve scoring too.
+# `datasets` is imported where it is called, since serving imports this through data.py too.
 
 _JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 _ARROW_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
@@ -33,6 +33,14 @@ _SPLIT_WORDS = {
 
 Rows = Iterable[tuple[int, Any]]
 """(row, record); a row that could not be decoded holds its DataError."""
+
+
+def absolute(path: str) -> str:
+    """A local path or glob from this process's directory, for others to open; hub names stay."""
+    here = Path(path).expanduser()
+    if here.exists() or has_magic(path) or _readable(here) or not _HUB_NAME.fullmatch(path):
+        return str(here.absolute())
+    return path
 
 
 def open_sources(path: str, split: str, ignored: list[str]) -> list[tuple[str, Rows]]:

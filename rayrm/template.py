@@ -146,8 +146,10 @@ class Template:
         )
 
     def _render(self, messages: list[Message]) -> str:
+        # Of a message only these two: what a record or a caller adds must not change a reward.
+        bare = [{"role": m["role"], "content": m["content"]} for m in messages]
         rendered = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=False
+            bare, tokenize=False, add_generation_prompt=False
         )
         assert isinstance(rendered, str)
         return rendered
@@ -175,7 +177,7 @@ class Template:
         if not content:
             raise EmptyResponse("the response is empty: there is nothing to score")
         try:
-            text = self._render([*prompt, *before, {**final, "content": content}])
+            text = self._render([*prompt, *before, {"role": "assistant", "content": content}])
         except (TemplateError, ValueError, TypeError) as error:
             raise InvalidRow(
                 f"the tokenizer's chat template refuses the messages: {error}"

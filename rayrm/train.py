@@ -38,6 +38,7 @@ from rayrm.evaluate import evaluate
 from rayrm.export import RECORD, Export, hash_weights, publish, write_model_card
 from rayrm.loop import load_model, train_loop
 from rayrm.model import DTYPES, save_weights
+from rayrm.sources import absolute
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ def fit(config: TrainConfig) -> TrainResult:
         log.warning("run %r is finished, its export is at %s/export", config.name, run)
         return read_result(run)
     claim(config, run)
+    config = with_absolute_paths(config)
     if not ray.is_initialized():
         ray.init()
     try:
@@ -85,6 +87,21 @@ def fit(config: TrainConfig) -> TrainResult:
     assert isinstance(trained, Result) and trained.checkpoint and trained.return_value
     ray.get(export.remote(config, run, trained.checkpoint, trained.return_value))
     return read_result(run)
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The config as workers need it, which run in directories of their own."""
+    data = config.data.model_copy(
+        update={
+            "train": [absolute(path) for path in config.data.train],
+            "eval": [absolute(path) for path in config.data.eval],
+        }
+    )
+    local = Path(config.model.path).expanduser()
+    model = config.model
+    if local.is_dir():
+        model = model.model_copy(update={"path": str(local.absolute())})
+    return config.model_copy(update={"data": data, "model": model})
 
 
 def make_trainer(config: TrainConfig, run: str) -> TorchTrainer:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny import random_groups
 
 from rayrm.attention import Layout, _masked, _varlen
 from rayrm.packing import Pack
+from tests.tiny import random_groups
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,8 +28,10 @@ def test_the_varlen_kernel_equals_the_definition_and_so_do_its_gradients(
     shapes = [(1, heads, len(pack.input_ids), 64) for heads in (4, key_heads, key_heads)]
     exact = [torch.randn(s, generator=generator, device=device).requires_grad_() for s in shapes]
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
-    expected = _masked(*exact, layout, 0.125, window, None)
-    got = _varlen(*rounded, layout, 0.125, window)
+    q, k, v = exact
+    expected = _masked(q, k, v, layout, 0.125, window, None)
+    q, k, v = rounded
+    got = _varlen(q, k, v, layout, 0.125, window)
     torch.testing.assert_close(got.float(), expected, atol=2e-2, rtol=2e-2)
     weights = torch.randn(expected.shape, generator=generator, device=device)
     (expected * weights).sum().backward()

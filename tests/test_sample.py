@@ -95,7 +95,9 @@ def test_every_skill_has_as_many_groups_and_five_pairs_each(
     pairs: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for record in sample[1]:
         pairs[record["subset"]][record["prompt"][0]["content"]] += 1
-    assert set(pairs) == set("capital opposite definition choice list form sentence format".split())
+    assert set(pairs) == set(
+        ["capital", "opposite", "definition", "choice", "list", "form", "sentence", "format"]
+    )
     assert all(len(groups) == TEST_GROUPS // len(pairs) for groups in pairs.values())
     assert all(count == 5 for groups in pairs.values() for count in groups.values())
     assert len(sample[1]) >= 500

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import make_base
 from ray.train.v2.api.result import Result
 from transformers import AutoModelForSequenceClassification
 
@@ -23,6 +22,7 @@ from rayrm.evaluate import evaluate
 from rayrm.loop import Rank, learning_rate, merge
 from rayrm.template import Row
 from rayrm.train import claim, make_trainer, run_directory
+from tests.conftest import make_base
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -229,6 +229,15 @@ def test_nan_stops_training_and_names_step_rank_and_rows(
     assert not (tmp_path / "run/export").exists()
 
 
+@pytest.mark.slow
+def test_paths_are_those_of_the_caller_not_of_the_workers(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data.parent)
+    config = configure(base, Path(data.name), Path("runs"), train={"epochs": 0.34})
+    assert fit(config).export == str(data.parent / "runs/run/export")
+
+
 def test_missing_data_and_models_are_typed_errors_that_say_where(
     base: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -240,7 +249,7 @@ def test_missing_data_and_models_are_typed_errors_that_say_where(
 
 def test_learning_rates_follow_the_named_schedule() -> None:
     def rates(schedule: str) -> list[float]:
-        train = TrainSection(learning_rate=1.0, warmup_steps=2, schedule=schedule)  # type: ignore[arg-type]
+        train = TrainSection(learning_rate=1.0, warmup_steps=2, schedule=schedule)
         return [learning_rate(train, step, 6) for step in range(6)]
 
     assert rates("constant") == [0, 0.5, 1, 1, 1, 1]
