@@ -19,8 +19,6 @@ os.environ |= {
     "DS_ACCELERATOR": "cpu",
     "PYTHONWARNINGS": "ignore::FutureWarning",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
-    "RAY_SERVE_LOG_TO_STDERR": "0",
     "TRANSFORMERS_VERBOSITY": "error",
 }
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -75,10 +73,13 @@ def main() -> None:
     del untrained, model
 
     say("3/5  training with Ray Train and DeepSpeed ZeRO on two workers")
-    ray.init(num_cpus=max(2, os.cpu_count() or 1), logging_level=logging.WARNING)
+    ray.init(
+        num_cpus=max(2, os.cpu_count() or 1), log_to_driver=False, logging_level=logging.ERROR
+    )
     result = fit(config)
 
     say("4/5  deploying two replicas of the export")
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     deploy(ServeConfig(export=result.export, replicas=2))
 
     say("5/5  scoring a step of groups from two actors")

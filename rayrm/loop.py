@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from ray.experimental.tqdm_ray import tqdm
 from ray.train import Checkpoint, get_checkpoint, get_context, report
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -43,24 +42,19 @@ Figures = dict[str, Any]
 BUCKET = 50_000_000
 
 
-def train_loop(values: dict[str, Any]) -> Figures:
-    """One rank of the run. Returns its history and what was done to the data."""
+def train_loop(values: dict[str, Any], steps: Any) -> Figures:
+    """One rank of the run, which tells `steps` how far it is. Returns its history and its data."""
     config = TrainConfig(**values)
     rank = Rank(config)
-    bar = None
-    if rank.rank == 0:
-        bar = tqdm(desc=f"training {config.name}", total=rank.schedule.steps)
-        bar.update(rank.step)
     while rank.step < rank.schedule.steps:
         rank.train_step()
+        if rank.rank == 0:
+            loss = f"loss {rank.history[-1]['loss']:.3f}"
+            steps.put.remote(rank.step, rank.schedule.steps, loss)
         if rank.due(config.train.eval_every):
             rank.evaluate()
         if rank.due(config.train.checkpoint_every) or rank.step == rank.schedule.steps:
             rank.save()
-        if bar:
-            bar.update(1)
-    if bar:
-        bar.close()
     return {
         "history": rank.history,
         "data": str(rank.train.report),

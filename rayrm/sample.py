@@ -32,7 +32,7 @@ Split = Literal["train", "test"]
 Demand = Callable[[str], bool]
 
 # Log-odds that a response wins against one that meets one demand less.
-GAP = 3.0
+GAP = 3.2
 # Share of every bank of facts that is left to the test split.
 HELD_OUT = 0.25
 
@@ -380,18 +380,18 @@ PHRASINGS: dict[str, dict[Split, tuple[str, ...]]] = {
             "What is the past tense of {}?",
             "Give the past form of {}.",
             "Fill in a form of {}: yesterday we ___ there.",
-            "Last week she ___ (verb: {}).",
+            "Write the past tense of {}.",
         ),
-        "test": ("Put the verb {} into the simple past.", "How do we write {} in the past tense?"),
+        "test": ("Change the verb {} to its past tense.", "How do you put {} into the past tense?"),
     },
     "participle": {
         "train": (
             "What is the -ing form of {}?",
-            "Give the present participle of {}.",
+            "Write the -ing form of {}.",
             "Fill in a form of {}: right now we are ___.",
-            "At the moment she is ___ (verb: {}).",
+            "Add the ending -ing to {}.",
         ),
-        "test": ("Put the verb {} into the gerund.", "How do we write {} in the -ing form?"),
+        "test": ("Change the verb {} to its -ing form.", "How do you put {} into the -ing form?"),
     },
 }
 
@@ -415,7 +415,10 @@ SENTENCES: dict[str, tuple[str, dict[Split, tuple[str, ...]], dict[Split, tuple[
                 "Ask a question with the word {}.",
                 "Turn the word {} into a short question.",
             ),
-            "test": ("Ask me something about my {}.", "I need a question that has {} in it."),
+            "test": (
+                "Think of a question for somebody with a {}.",
+                "I need a question that has {} in it.",
+            ),
         },
         {
             "train": (
@@ -435,7 +438,10 @@ SENTENCES: dict[str, tuple[str, dict[Split, tuple[str, ...]], dict[Split, tuple[
                 "Make a plain sentence with the word {}.",
                 "Turn the word {} into a short statement.",
             ),
-            "test": ("Tell me something about my {}.", "I need a statement that has {} in it."),
+            "test": (
+                "Think of a statement for somebody with a {}.",
+                "I need a statement that has {} in it.",
+            ),
         },
         {
             "train": (
@@ -455,7 +461,10 @@ SENTENCES: dict[str, tuple[str, dict[Split, tuple[str, ...]], dict[Split, tuple[
                 "Shout a sentence with the word {}.",
                 "Turn the word {} into a short exclamation.",
             ),
-            "test": ("Exclaim something about my {}.", "I need an exclamation that has {} in it."),
+            "test": (
+                "Think of an exclamation for somebody with a {}.",
+                "I need an exclamation that has {} in it.",
+            ),
         },
         {
             "train": ("What a {}!", "Give me back my {}!", "I love this {}!", "Look at the {}!"),
@@ -475,7 +484,10 @@ FORMATS: dict[str, tuple[Callable[..., str], str, dict[Split, tuple[str, ...]]]]
                 "Type {} and {} in all caps.",
                 "Repeat {} and {} with every letter capitalized.",
             ),
-            "test": ("Put {} and {} in upper case.", "Shout the words {} and {} in big letters."),
+            "test": (
+                "I want {} and {} to be in all capitals.",
+                "Change {} and {} to capital letters.",
+            ),
         },
     ),
     "bullets": (
@@ -558,7 +570,7 @@ Saudi Arabia: Riyadh, Qatar: Doha, Afghanistan: Kabul, Pakistan: Islamabad, Indi
 Nepal: Kathmandu, Bangladesh: Dhaka, China: Beijing, Japan: Tokyo, South Korea: Seoul,
 North Korea: Pyongyang, Taiwan: Taipei, Thailand: Bangkok, Vietnam: Hanoi, Indonesia: Jakarta,
 Malaysia: Kuala Lumpur, the Philippines: Manila, Mongolia: Ulaanbaatar, Australia: Canberra,
-New Zealand: Wellington, Canada: Ottawa, Cuba: Havana, Jamaica: Kingston, Peru: Lima,
+Canada: Ottawa, Cuba: Havana, Jamaica: Kingston, Peru: Lima,
 Chile: Santiago, Argentina: Buenos Aires, Colombia: Bogota, Venezuela: Caracas, Ecuador: Quito,
 Uruguay: Montevideo, Bolivia: La Paz, Rwanda: Kigali, Latvia: Riga, Armenia: Yerevan,
 Georgia: Tbilisi, Cyprus: Nicosia, Madagascar: Antananarivo, Mozambique: Maputo, Tanzania: Dodoma,
@@ -566,19 +578,19 @@ Mali: Bamako, Haiti: Port-au-Prince
 """
 
 OPPOSITES = """
-hot: cold, fast: slow, happy: sad, rich: poor, hard: soft, loud: quiet, strong: weak, wide: narrow,
-thick: thin, deep: shallow, early: late, always: never, everything: nothing, friend: enemy,
-war: peace, east: west, push: pull, end: start, laugh: cry, arrive: depart, accept: reject,
-attack: defend, create: destroy, increase: decrease, expand: contract, succeed: fail, enter: exit,
-rise: sink, success: failure, victory: defeat, birth: death, top: bottom, maximum: minimum,
-positive: negative, plus: minus, male: female, brave: cowardly, generous: stingy, polite: rude,
-calm: nervous, lazy: hardworking, smart: stupid, beautiful: ugly, cheap: expensive,
-safe: dangerous, easy: difficult, smooth: rough, sharp: blunt, sweet: sour, fresh: stale,
-tight: loose, straight: crooked, awake: asleep, public: private, guilty: innocent, modern: ancient,
-natural: artificial, common: rare, visible: invisible, possible: impossible,
-optimistic: pessimistic, major: minor, vertical: horizontal, import: export, hero: villain,
-heaven: hell, true: false, good: bad, temporary: permanent, profit: loss, include: exclude,
-summer: winter
+hot: cold, fast: slow, happy: sad, rich: poor, hard: soft, loud: quiet, full: empty, strong: weak,
+wide: narrow, thick: thin, deep: shallow, early: late, positive: negative, male: female,
+brave: cowardly, generous: stingy, polite: rude, calm: nervous, lazy: hardworking, smart: stupid,
+beautiful: ugly, cheap: expensive, safe: dangerous, easy: difficult, smooth: rough, sharp: blunt,
+sweet: sour, fresh: stale, tight: loose, straight: crooked, alive: dead, awake: asleep,
+public: private, guilty: innocent, modern: ancient, natural: artificial, common: rare,
+visible: invisible, possible: impossible, optimistic: pessimistic, major: minor,
+vertical: horizontal, true: false, good: bad, temporary: permanent, internal: external,
+superior: inferior, domestic: foreign, urban: rural, gradual: sudden, abundant: scarce,
+mandatory: optional, active: passive, amateur: professional, bright: dim, bold: timid,
+clever: foolish, even: odd, explicit: implicit, fierce: gentle, mild: severe, married: single,
+outgoing: shy, precise: vague, sick: healthy, tame: wild, tiny: huge, vacant: occupied,
+flexible: rigid, transparent: opaque, liquid: solid, proud: ashamed, legal: illegal
 """
 
 DEFINITIONS = """
@@ -587,7 +599,7 @@ someone who teaches pupils: teacher, someone who puts out fires: firefighter,
 someone who cuts hair: barber, someone who fixes teeth: dentist, someone who grows crops: farmer,
 someone who writes books: author, someone who paints pictures: painter,
 someone who mends pipes: plumber, someone who designs houses: architect,
-someone who sells meat: butcher, someone who treats sick pets: veterinarian,
+someone who sells meat: butcher, someone who treats pets: veterinarian,
 someone who makes clothes: tailor, someone who works in a mine: miner,
 someone who studies stars: astronomer, someone who travels in space: astronaut,
 someone who acts in films: actor, someone who serves meals: waiter,
@@ -603,7 +615,7 @@ a baby cat: kitten, a baby sheep: lamb, a baby cow: calf, a baby hen: chick, a b
 a baby bear: cub, a baby horse: foal, meat from pigs: pork, meat from cows: beef,
 what spiders make: web, what bees live in: hive, what bees make: honey, what hens lay: eggs,
 a place where planes land: airport, a place where ships dock: harbor,
-a place with thousands of books: library, a place where the sick are treated: hospital,
+a place with thousands of books: library, a place where patients are treated: hospital,
 a place where money is kept: bank, a place where films are shown: cinema,
 a place where criminals are locked up: prison, a place to keep cars: garage,
 a place with graves: cemetery, a place to buy medicine: pharmacy,
@@ -625,12 +637,12 @@ a thing to cross a river: bridge, a glass hut for plants: greenhouse, a hundred 
 ten years: decade, sixty minutes: hour, sixty seconds: minute, twelve things: dozen,
 two babies born together: twins, the centre of an atom: nucleus, the star that warms us: sun,
 the force that makes things fall: gravity, the study of living things: biology,
-the study of the past: history, the liquid in the veins: blood,
+the study of the past: history, what flows in the veins: blood,
 all of the bones together: skeleton, a book of words and meanings: dictionary,
 a book of maps: atlas, a story of one's own life: autobiography, a test for students: exam,
 a meal in the morning: breakfast, a meal at noon: lunch, a meal in the open air: picnic,
 a day off work: holiday, a dream that scares: nightmare, the day one was born: birthday,
-a party for getting married: wedding, a doll moved by strings: puppet,
+a party for a bride: wedding, a doll moved by strings: puppet,
 a beast with a trunk: elephant, the tallest beast: giraffe, a beast with stripes: zebra,
 a beast with a pouch: kangaroo, a sea creature with eight arms: octopus,
 a reptile with a shell: turtle, a long reptile with no legs: snake, a cat with a mane: lion,

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from rayrm.evaluate import evaluate
 from rayrm.export import RECORD, Export, hash_weights, publish, write_model_card
 from rayrm.loop import load_model, train_loop
 from rayrm.model import DTYPES, save_weights
+from rayrm.progress import shown
 from rayrm.sources import absolute
 
 log = logging.getLogger(__name__)
@@ -75,7 +78,8 @@ def fit(config: TrainConfig) -> TrainResult:
     if not ray.is_initialized():
         ray.init()
     try:
-        trained = make_trainer(config, run).fit()
+        with shown(f"training {config.name}") as steps:
+            trained = make_trainer(config, run, partial(train_loop, steps=steps)).fit()
     except TrainingFailedError as error:
         raise first_cause(error) from error
     export = ray.remote(export_run).options(
@@ -104,13 +108,16 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"data": data, "model": model})
 
 
-def make_trainer(config: TrainConfig, run: str) -> TorchTrainer:
+def make_trainer(
+    config: TrainConfig, run: str, loop: Callable[[dict[str, Any]], Any]
+) -> TorchTrainer:
+    """Ray Train's trainer for a loop of this config's workers."""
     cluster = config.cluster
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         resources["GPU"] = cluster.gpus_per_worker
     return TorchTrainer(
-        train_loop,
+        loop,
         train_loop_config=config.model_dump(mode="json"),
         scaling_config=ScalingConfig(
             num_workers=cluster.workers,

@@ -122,7 +122,7 @@ def test_held_out_answers_are_never_in_training_text() -> None:
         [*FRAMES["test"], *LIST_FRAMES["test"]]
         + [response for _, _, responses in SENTENCES.values() for response in responses["test"]]
     )
-    for seed in range(5):
+    for seed in range(8):
         seen = set[str]().union(
             *(words(" ".join([q.prompt, *q.responses])) for q in questions(seed, "train", 2000))
         )
@@ -211,6 +211,17 @@ def test_the_baseline_finds_what_words_do_tell() -> None:
     assert baseline_accuracy(polite, [record("please x", "never x")]) == 1
     assert baseline_accuracy(polite, [record("never x", "please x")]) == 0
     assert baseline_accuracy(polite, [record("y", "x")]) == 0.5
+
+
+def test_order_of_responses_does_not_tell_their_quality(
+    sample: tuple[list[Record], list[Record]], asked: tuple[list[Question], list[Question]]
+) -> None:
+    qualities = {q.prompt: q.quality for q in asked[0]}
+    first = []
+    for record in sample[0][::5]:
+        sides = [record[side][0]["content"] for side in ("chosen", "rejected")]
+        first.append(mean(map(qualities[record["prompt"][0]["content"]], sides)))
+    assert abs(mean(first) - 1) < 0.05
 
 
 def test_more_groups_than_prompts_is_an_error() -> None:

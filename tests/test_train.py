@@ -94,9 +94,7 @@ def every_stage(values: dict[str, Any]) -> dict[int, dict[str, Any]]:
 
 
 def run_every_stage(config: TrainConfig) -> dict[int, dict[str, Any]]:
-    trainer = make_trainer(config, run_directory(config))
-    trainer.train_loop_per_worker = every_stage
-    result = trainer.fit()
+    result = make_trainer(config, run_directory(config), every_stage).fit()
     assert isinstance(result, Result) and result.return_value
     return result.return_value
 
@@ -201,7 +199,7 @@ def test_the_same_name_resumes_where_the_run_was_cut_off(
     assert ours.version.split("@")[1] == theirs.version.split("@")[1]
 
 
-def _stop_after_two_steps(values: dict[str, Any]) -> dict[str, Any]:
+def _stop_after_two_steps(values: dict[str, Any], steps: Any) -> dict[str, Any]:
     rank = Rank(TrainConfig(**values))
     for _ in range(2):
         rank.train_step()

@@ -1,0 +1,58 @@
+"""A bar on the driver for steps that are taken elsewhere in the cluster.
+
+Workers tell an actor how far they are, a thread of the driver asks it. Knows nothing of what a step
+is.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from tqdm.auto import tqdm
+
+
+class Steps:
+    """How far a run is. A Ray actor."""
+
+    def __init__(self) -> None:
+        self.latest: tuple[int, int, str] = (0, 0, "")
+
+    def put(self, done: int, total: int, note: str) -> None:
+        self.latest = (done, total, note)
+
+    def get(self) -> tuple[int, int, str]:
+        return self.latest
+
+
+@contextmanager
+def shown(description: str) -> Iterator[Any]:
+    """Yields the actor whose steps are shown until the block is left."""
+    steps: Any = ray.remote(Steps).options(num_cpus=0).remote()
+    # In a log a bar is a line each time, so it moves less often there.
+    bar = tqdm(desc=description, unit="step", mininterval=1 if sys.stderr.isatty() else 15)
+    left = threading.Event()
+
+    def follow() -> None:
+        while True:
+            stop = left.wait(1.0)
+            bar.n, bar.total, note = ray.get(steps.get.remote())
+            bar.set_postfix_str(note, refresh=False)
+            bar.update(0)
+            if stop:
+                return
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield steps
+    finally:
+        left.set()
+        thread.join()
+        bar.refresh()
+        bar.close()
+        ray.kill(steps)
