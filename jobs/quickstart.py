@@ -73,9 +73,7 @@ def main() -> None:
     del untrained, model
 
     say("3/5  training with Ray Train and DeepSpeed ZeRO on two workers")
-    ray.init(
-        num_cpus=max(2, os.cpu_count() or 1), log_to_driver=False, logging_level=logging.ERROR
-    )
+    ray.init(num_cpus=max(2, os.cpu_count() or 1), log_to_driver=False, logging_level=logging.ERROR)
     result = fit(config)
 
     say("4/5  deploying two replicas of the export")
