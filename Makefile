@@ -1,8 +1,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# DeepSpeed compiles its communication op at first use and looks for ninja on the path.
-export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:  ## list the commands

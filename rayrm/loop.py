@@ -280,6 +280,9 @@ def start_engine(config: TrainConfig, model: PreTrainedModel) -> deepspeed.DeepS
         "zero_allow_untested_optimizer": True,
     }
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    # Used by inference alone, yet compiled at start: a worker killed meanwhile leaves a lock behind
+    # on which every later run would wait for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
         model=RewardNet(model, autocast),
         optimizer=optimizer,

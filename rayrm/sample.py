@@ -66,7 +66,7 @@ class Facts:
 
 
 def write_sample(
-    directory: Path, *, seed: int = 0, train_groups: int = 1600, test_groups: int = 200
+    directory: Path, *, seed: int = 0, train_groups: int = 1280, test_groups: int = 240
 ) -> tuple[Path, Path]:
     """Write ``train.jsonl`` and ``test.jsonl`` to ``directory`` and return their paths."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -45,8 +45,12 @@ from rayrm.sources import absolute
 
 log = logging.getLogger(__name__)
 
-# Sections that may differ between a run and its resumption: they change speed, not the result.
-FREE_SECTIONS = {"cluster"}
+# What may differ between a run and its resumption: it changes speed and memory, not the result.
+FREE: dict[str, Any] = {
+    "cluster": True,
+    "model": {"gradient_checkpointing"},
+    "train": {"tokens_per_micro_batch", "eval_every", "checkpoint_every", "keep_checkpoints"},
+}
 
 
 @dataclass(frozen=True)
@@ -199,7 +203,7 @@ def exists(path: str) -> bool:
 
 def claim(config: TrainConfig, run: str) -> None:
     """Note the config beside the run, or refuse to resume it under another one."""
-    mine = config.model_dump(mode="json", exclude=FREE_SECTIONS)
+    mine = config.model_dump(mode="json", exclude=FREE)
     filesystem, path = fs.FileSystem.from_uri(run)
     if not exists(f"{run}/config.json"):
         filesystem.create_dir(path, recursive=True)

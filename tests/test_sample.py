@@ -27,7 +27,7 @@ from rayrm.sample import (
     write_sample,
 )
 
-TRAIN_GROUPS, TEST_GROUPS = 1600, 200
+TRAIN_GROUPS, TEST_GROUPS = 1280, 240
 
 
 @pytest.fixture(scope="module")

@@ -210,7 +210,9 @@ def _stop_after_two_steps(values: dict[str, Any], steps: Any) -> dict[str, Any]:
 def test_a_name_in_use_by_another_config_is_refused(base: Path, data: Path, tmp_path: Path) -> None:
     config = configure(base, data, tmp_path)
     claim(config, run_directory(config))
-    faster = configure(base, data, tmp_path, cluster={"workers": 2})
+    faster = configure(
+        base, data, tmp_path, cluster={"workers": 2}, train={"tokens_per_micro_batch": 64}
+    )
     claim(faster, run_directory(faster))
     other = configure(base, data, tmp_path, train={"learning_rate": 1.0})
     with pytest.raises(TrainingError, match=r"train\.learning_rate"):
