@@ -59,7 +59,7 @@ class TrainResult:
 
     metrics is the export's evaluation on held-out data (empty without any); history holds a dict
     per optimizer step: step, loss, accuracy, margin, learning_rate, grad_norm, pairs, tokens,
-    tokens_unshared, seconds, and eval_* where one was due.
+    tokens_unshared, seconds, and eval_* where one was due. grad_norm is None under ZeRO 0.
     """
 
     export: str
