@@ -87,7 +87,7 @@ def main() -> None:
     began = time.perf_counter()
     scored = ray.get([a.step.remote(step[i::2]) for i, a in enumerate(actors)])
     seconds = time.perf_counter() - began
-    serve.shutdown()
+    serve.delete("rayrm")
     ray.shutdown()
 
     words = baseline_accuracy(records(train_file), records(test_file))
