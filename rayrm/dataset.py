@@ -116,8 +116,10 @@ def encode_groups(
         (partial / "report.json").write_text(json.dumps(asdict(report)))
         try:
             partial.rename(directory)
-        except OSError:  # another rank was first
-            shutil.rmtree(partial)
+        except OSError:
+            if not directory.exists():
+                raise
+            shutil.rmtree(partial)  # another rank was first
     report = EncodeReport(**json.loads((directory / "report.json").read_text()))
     return PreferenceData(load_from_disk(str(directory)), report, made_from)
 

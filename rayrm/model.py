@@ -271,6 +271,8 @@ def default_base() -> Path:
     AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(partial)
     try:
         partial.rename(directory)
-    except OSError:  # another process was first
-        shutil.rmtree(partial)
+    except OSError:
+        if not directory.exists():
+            raise
+        shutil.rmtree(partial)  # another process was first
     return directory
