@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import tomllib
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -12,6 +15,8 @@ import jsonschema
 import pytest
 import ray
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from ray._private.runtime_env.packaging import create_package
 
 from rayrm.config import ServeConfig, TrainConfig
@@ -59,6 +64,28 @@ def test_cluster_yaml_follows_rays_own_schema(cluster_yaml: dict[str, Any]) -> N
 def test_nothing_is_scheduled_on_the_head(cluster_yaml: dict[str, Any]) -> None:
     head = cluster_yaml["available_node_types"][cluster_yaml["head_node_type"]]
     assert head["resources"] == {"CPU": 0}
+
+
+def test_the_nodes_install_what_the_code_imports(cluster_yaml: dict[str, Any]) -> None:
+    (command,) = cluster_yaml["setup_commands"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {canonicalize_name(Requirement(each).name) for each in project["dependencies"]}
+    assert needed <= with_dependencies(shlex.split(command)[2:])
+
+
+def with_dependencies(asked: list[str]) -> set[str]:
+    """Names of all that pip installs for these, as the packages that are installed here tell it."""
+    left, seen = [*map(Requirement, asked)], set[str]()
+    while left:
+        wanted = left.pop()
+        if str(wanted) in seen:
+            continue
+        seen.add(str(wanted))
+        for each in map(Requirement, requires(wanted.name) or []):
+            extras = [{"extra": extra} for extra in ("", *wanted.extras)]
+            if each.marker is None or any(map(each.marker.evaluate, extras)):
+                left.append(each)
+    return {canonicalize_name(Requirement(each).name) for each in seen}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
