@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,19 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from rayrm import corpus
 from rayrm.config import ServeConfig
-from rayrm.corpus import Part, Parts, ScoredCorpus, _room, _score, _scorers, _whole, score_corpus
+from rayrm.corpus import (
+    Corpus,
+    Part,
+    Parts,
+    ScoredCorpus,
+    _room,
+    _score,
+    _scorers,
+    _whole,
+    score_corpus,
+)
 from rayrm.data import read_sampled
 from rayrm.engine import RewardModel
 from rayrm.errors import DataError, ServiceError
@@ -193,14 +205,17 @@ def test_parquet_keeps_the_types_of_its_columns(
             "prompt": pa.array(["Name a fruit."] * 20, pa.large_string()),
             "response": [f"Plum {i}." for i in range(20)],
             "tag": pa.array([None] * 19 + ["x"], pa.dictionary(pa.int8(), pa.string())),
+            "day": pa.array(range(20), pa.date32()),
         }
     )
     pq.write_table(table, tmp_path / "in.parquet")
     score(tmp_path / "in.parquet", tmp_path / "out.parquet")
     found = pq.read_table(tmp_path / "out.parquet")
-    assert found.schema.remove_metadata().types[:4] == table.schema.types
+    assert found.schema.remove_metadata().types[:5] == table.schema.types
     assert found.select(table.column_names).to_pylist() == table.to_pylist()
     assert found.schema.field("reward").type == pa.float32()
+    score(tmp_path / "in.parquet", tmp_path / "out.jsonl")
+    assert [r["day"] for r in read(tmp_path / "out.jsonl")][:2] == ["1970-01-01", "1970-01-02"]
 
 
 def job(source: Path, target: Path, export: Path, *more: str) -> subprocess.Popen[str]:
@@ -273,7 +288,10 @@ def stop_after(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_parts_that_are_done_are_not_scored_again(
-    score: Callable[..., ScoredCorpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    score: Callable[..., ScoredCorpus],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = write(tmp_path / "in.jsonl", rows(40))
     with monkeypatch.context() as patch, pytest.raises(Stopped):
@@ -284,12 +302,56 @@ def test_parts_that_are_done_are_not_scored_again(
     done[1].write_bytes(b'{"as": "it was"}\n')
     (done[0].parent / ".part-00000003.partial").write_bytes(b"half a pa")
     assert score(source, tmp_path / "out.jsonl").resumed == 14
+    assert "40/40" in capsys.readouterr().err, "the bar counts both runs' rows"
     found = read(tmp_path / "out.jsonl")
     assert found.count({"as": "it was"}) == 1
     first = 7 * int(done[1].name.removeprefix("part-"))
     assert [r["id"] for r in found if "id" in r] == [
         i for i in range(40) if not first <= i < first + 7
     ]
+
+
+@pytest.mark.parametrize(("where", "calls"), [("_line", 10), ("shutil.copyfileobj", 2)])
+def test_what_a_killed_run_had_half_written_is_written_anew(
+    score: Callable[..., ScoredCorpus],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    calls: int,
+) -> None:
+    """A part whose rows are being written, and OUT while the parts are joined."""
+    source, target = write(tmp_path / "in.jsonl", rows(40)), tmp_path / "out.jsonl"
+    whole, left = attrgetter(where)(corpus), [calls]
+
+    def killed(*args: Any) -> Any:
+        if not left[0]:
+            raise Stopped
+        left[0] -= 1
+        return whole(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(f"rayrm.corpus.{where}", killed)
+        score(source, target)
+    score(source, target)
+    assert [r["id"] for r in read(target)] == [*range(40)]
+
+
+def test_a_run_killed_while_it_is_noted_can_be_started_again(
+    tiny_export: Path, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "in.jsonl", rows(4))
+    parts = Parts(tmp_path / "out.jsonl", Corpus.survey(str(source), "train", 2, to_parquet=False))
+    config = ServeConfig(export=str(tiny_export))
+    with pytest.raises(TypeError):
+        parts.claim(object(), config)  # type: ignore[arg-type]
+    parts.claim(parts.corpus.fingerprint, config)
+
+
+def test_the_speed_is_that_of_the_rows_that_this_run_scored() -> None:
+    assert str(ScoredCorpus(40, 14, 1, 2.0, ["notes.txt"])) == (
+        "26 rows scored in 2.0 s (13.0 rows/s), 14 scored by an earlier run, 1 with errors, "
+        "1 files ignored"
+    )
 
 
 def test_parts_of_another_run_are_refused(
@@ -307,6 +369,10 @@ def test_parts_of_another_run_are_refused(
         score(source, target, export=str(other))
     with pytest.raises(DataError, match="overlong error, now truncate"):
         score(source, target, overlong="truncate")
+    with pytest.raises(DataError, match="max_length None, now 64"):
+        score(source, target, max_length=64)
+    with pytest.raises(DataError, match="dtype auto, now bfloat16"):
+        score(source, target, dtype="bfloat16")
     write(source, [*rows(39), {"id": 39, "prompt": "Another?", "response": "so."}])
     with pytest.raises(DataError, match=r"another run \(rows of IN "):
         score(source, target)
@@ -344,13 +410,20 @@ def test_what_cannot_work_is_refused_before_any_model_loads(
 
 
 def test_rows_are_read_as_they_come_and_not_all_at_once(tmp_path: Path) -> None:
-    data = b"".join(b'{"id": %d}\n' % i for i in range(100_000))
+    data = b"".join(b'{"reward": %d}\n' % i for i in range(100_000))
     (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(data)[:-20])  # its end is missing
-    ((_, records),) = open_sources(str(tmp_path / "in.jsonl.gz"), "train", [])
+    source = str(tmp_path / "in.jsonl.gz")
+    ((_, records),) = open_sources(source, "train", [])
     lines = iter(records)
-    assert [next(lines), next(lines)] == [(1, {"id": 0}), (2, {"id": 1})]
+    assert [next(lines), next(lines)] == [(1, {"reward": 0}), (2, {"reward": 1})]
     with pytest.raises(DataError, match="cannot be read"):
         list(lines)
+    with pytest.raises(DataError, match="row 1: has a column `reward` already"):
+        Corpus.survey(source, "train", 2, to_parquet=False)
+    found = Corpus(source, "train", 2, 100_000, "", False, None, []).read([1, 49_999])
+    assert next(found).records == [{"reward": 2}, {"reward": 3}]
+    with pytest.raises(DataError, match="cannot be read"):
+        next(found)
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
