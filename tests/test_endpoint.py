@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import re
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
-from rayrm.client import RewardClient
+from rayrm.client import REPLICA, RewardClient
 from rayrm.config import ServeConfig
 from rayrm.endpoint import read_token
 from rayrm.engine import RewardModel
@@ -184,6 +186,17 @@ def test_health_and_docs_say_what_is_there(port: int, local: RewardModel) -> Non
     assert (status, answer["error"]) == (404, "Not Found")
 
 
+def test_health_is_503_while_no_replica_answers(port: int) -> None:
+    stats = serve.get_deployment_handle(REPLICA, "web").stats.remote().result(timeout_s=30)
+    os.kill(stats["pid"], signal.SIGSTOP)
+    try:
+        status, answer = ask(port, "/health")
+    finally:
+        os.kill(stats["pid"], signal.SIGCONT)
+    assert status == 503 and "no replica answers" in answer["message"]
+    assert ask(port, "/health")[0] == 200
+
+
 def test_too_many_rows_are_refused(port: int) -> None:
     status, answer = ask(port, "/score", rows(["a"] * 65, ["b"] * 65))
     assert status == 413 and "65 rows" in answer["message"]
@@ -191,10 +204,10 @@ def test_too_many_rows_are_refused(port: int) -> None:
     assert ask(port, "/get_reward", request)[0] == 413
 
 
-def begin(port: int, head: str) -> socket.socket:
-    """A connection that has sent the head of a POST, with the token."""
+def begin(port: int, head: str, token: str = TOKEN) -> socket.socket:
+    """A connection that has sent the head of a POST."""
     connection = socket.create_connection(("127.0.0.1", port), timeout=30)
-    head = f"Authorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\n{head}"
+    head = f"Authorization: Bearer {token}\r\nContent-Type: application/json\r\n{head}"
     connection.sendall(f"POST /score HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode())
     return connection
 
@@ -204,6 +217,13 @@ def test_a_large_body_is_refused_before_it_is_sent(port: int) -> None:
     with connection, connection.makefile("rb") as reply:
         assert b"413" in reply.readline()
         assert b"max_bytes" in reply.read()  # until the server closes the connection
+
+
+def test_without_the_token_no_body_is_read(port: int) -> None:
+    connection = begin(port, "Transfer-Encoding: chunked", token="wrong")
+    with connection, connection.makefile("rb") as reply:
+        assert b"401" in reply.readline()
+        assert b"Unauthorized" in reply.read()  # until the server closes the connection
 
 
 def test_a_body_of_unknown_length_is_cut_off_when_it_gets_too_large(port: int) -> None:
