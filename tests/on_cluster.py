@@ -41,6 +41,9 @@ from tests.test_kill import (
 ROOT = Path(__file__).parent.parent
 GROUPS = yaml.safe_load((ROOT / "cluster.yaml").read_text())["available_node_types"]
 
+# Room for two on the serve node: without labels both workers would go there, a replica elsewhere.
+CPUS = {"head": 0, "train": 1, "serve": 2}
+
 
 class Here(Noting):
     """A rank that notes where it runs and what it writes; the first rank 1 waits for its end."""
@@ -86,9 +89,9 @@ def node_id() -> str:
 
 
 def main(directory: Path) -> None:
-    cluster = Cluster(initialize_head=True, head_node_args=node(directory, "head", 1, CPU=0))
-    trains = [cluster.add_node(**node(directory, "train", n, CPU=1)) for n in (2, 3)]
-    serving = cluster.add_node(**node(directory, "serve", 4, CPU=1))
+    cluster = Cluster(initialize_head=True, head_node_args=node(directory, "head", 1))
+    trains = [cluster.add_node(**node(directory, "train", n)) for n in (2, 3)]
+    serving = cluster.add_node(**node(directory, "serve", 4))
     ray.init(address=cluster.address, log_to_driver=False)
     names = {
         n.node_id: name
@@ -107,12 +110,14 @@ def main(directory: Path) -> None:
         file = directory / "storage/notes/rank1.jsonl"
         wait_until(lambda: running.done() or (file.exists() and '"waiting"' in file.read_text()))
         gone = notes(file.parent, 1)[-1]["node"]
-        cluster.remove_node(next(n for n in trains if n.node_id == gone), allow_graceful=False)
-        names[cluster.add_node(**node(directory, "train", 5, CPU=1)).node_id] = "train"
+        kind = names[gone]
+        lost = next(n for n in (*trains, serving) if n.node_id == gone)
+        cluster.remove_node(lost, allow_graceful=False)
+        names[cluster.add_node(**node(directory, kind, 5)).node_id] = kind
         result = running.result()
 
     labels = ServeConfig.load(ROOT / "jobs/configs/serve-gpu.yaml").labels
-    deploy(ServeConfig(export=result.export, labels=labels))
+    deploy(ServeConfig(export=result.export, labels=labels, replicas=2))
     rows = ["red", "blue"], ["green", "pink"]
     replicas = [a for a in actors().values() if a["Name"].startswith("SERVE_REPLICA")]
     found = {
@@ -128,13 +133,13 @@ def main(directory: Path) -> None:
     cluster.shutdown()
 
 
-def node(directory: Path, group: str, n: int, CPU: int) -> dict[str, Any]:
+def node(directory: Path, group: str, n: int) -> dict[str, Any]:
     """Arguments of a node of a group of cluster.yaml, but for its size."""
     own = {"TMPDIR": f"{directory}/node{n}/tmp", "XDG_CACHE_HOME": f"{directory}/node{n}/cache"}
     for path in own.values():
         Path(path).mkdir(parents=True)
     return {
-        "num_cpus": CPU,
+        "num_cpus": CPUS[group],
         "labels": GROUPS[group].get("labels", {}),
         "include_dashboard": False,
         "env_vars": own,

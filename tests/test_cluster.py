@@ -48,7 +48,7 @@ def test_workers_and_replicas_land_on_their_groups(directory: Path, found: dict[
     trained_on = [n["node"] for rank in (0, 1) for n in of_rank(directory, rank, "start")]
     assert len(trained_on) == 4
     assert {found["groups"].get(node) for node in trained_on} == {"train"}
-    assert [found["groups"][node] for node in found["replicas"]] == ["serve"]
+    assert [found["groups"][node] for node in found["replicas"]] == ["serve"] * 2
 
 
 def test_a_lost_node_costs_the_steps_since_the_checkpoint(
