@@ -7,7 +7,8 @@ Knows nothing of Ray; a replica of the service holds one of these.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,9 @@ from rayrm.packing import Ids, Pack, TokenGroup, plan_packs, split_group
 from rayrm.template import Overlong, Row, Template, Tokens, fingerprint, is_ids, prompt_key
 
 Texts = Sequence[Text | Tokens]
+
+# Tokens. A pack of them stays in a core's cache, and there are enough packs for all cores.
+CPU_PACK = 2048
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class RewardModel:
         overlong: Overlong = "error",
         tokens_per_pack: int = 8192,
     ) -> None:
-        self.net = net.eval()
+        self.net = net.for_scoring()
         self.template = template
         self.export = export
         self.version = export.version if export else ""
@@ -176,7 +180,6 @@ class RewardModel:
             np.array([not row.finished for row in rows], dtype=bool),
         )
 
-    @torch.inference_mode()
     def score_groups(
         self, groups: Sequence[TokenGroup], *, progress: bool = False
     ) -> list[NDArray[np.float32]]:
@@ -187,14 +190,34 @@ class RewardModel:
             TokenGroup(groups[g].prefix, groups[g].suffixes[r.start : r.stop]) for g, r in parts
         ]
         values = [np.empty(len(group.suffixes), dtype=np.float32) for group in groups]
-        plans = plan_packs([piece.tokens for piece in pieces], budget)
-        for plan in tqdm(plans, desc="scoring", unit="pack", disable=not progress):
-            rewards = self.net.score_pack(Pack.from_groups([pieces[p] for p in plan])).cpu().numpy()
-            self.forwards += 1
+        on_cpu = self.net.model.device.type == "cpu"
+        plans = plan_packs([p.tokens for p in pieces], min(budget, CPU_PACK) if on_cpu else budget)
+        scored = self._score_packs([[pieces[p] for p in plan] for plan in plans], on_cpu)
+        scored = tqdm(scored, "scoring", len(plans), unit="pack", disable=not progress)
+        for plan, rewards in zip(plans, scored, strict=True):
             for p in plan:
                 (g, r), count = parts[p], len(pieces[p].suffixes)
                 values[g][r.start : r.stop], rewards = rewards[:count], rewards[count:]
         return values
+
+    def _score_packs(
+        self, packs: Sequence[Sequence[TokenGroup]], on_cpu: bool
+    ) -> Iterator[NDArray[np.float32]]:
+        """Rewards of every pack in order; on CPU as many at once as there are threads."""
+        self.forwards += len(packs)
+        threads = torch.get_num_threads()
+        workers = min(threads, len(packs)) if on_cpu else 1
+        if workers <= 1:
+            yield from map(self._score_pack, packs)
+            return
+        share = threads // workers
+        with ThreadPoolExecutor(workers, "scoring", torch.set_num_threads, (share,)) as pool:
+            yield from pool.map(self._score_pack, packs)
+        torch.set_num_threads(threads)  # also what threads that come later begin with
+
+    @torch.inference_mode()
+    def _score_pack(self, groups: Sequence[TokenGroup]) -> NDArray[np.float32]:
+        return self.net.score_pack(Pack.from_groups(groups)).cpu().numpy()
 
     def collect(self, encoded: Encoded, values: Sequence[NDArray[np.float32]]) -> Rewards:
         """Groups' rewards back at their rows' places."""

@@ -34,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from rayrm import attention
 from rayrm.attention import Layout
+from rayrm.decoder import FAMILIES, Decoder
 from rayrm.errors import ConfigError, ModelError
 from rayrm.packing import Pack
 from rayrm.template import fingerprint, set_pad_token
@@ -83,6 +84,15 @@ class RewardNet(nn.Module):
         super().__init__()
         self.model = model
         self.autocast = autocast
+        self.decoder: Decoder | None = None
+
+    def for_scoring(self) -> RewardNet:
+        """This net without gradients, by the faster layers where the model has such; for good."""
+        self.eval().requires_grad_(False)
+        plain = self.autocast is None and self.model.device.type == "cpu"
+        if plain and self.model.config.model_type in FAMILIES:
+            self.decoder = Decoder(self.model)
+        return self
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, last: Tensor, layout: Layout
@@ -90,13 +100,16 @@ class RewardNet(nn.Module):
         """int64 [T], [T], [K] → rewards [K] in the head's dtype (fp32)."""
         device = input_ids.device.type
         mixed = torch.autocast(device, self.autocast) if self.autocast else nullcontext()
-        with mixed:
-            hidden = self.model.base_model(
-                input_ids[None], position_ids=position_ids[None], use_cache=False, layout=layout
-            ).last_hidden_state[0]
+        if self.decoder:
+            hidden = self.decoder(input_ids, position_ids, last, layout)
+        else:
+            with mixed:
+                hidden = self.model.base_model(
+                    input_ids[None], position_ids=position_ids[None], use_cache=False, layout=layout
+                ).last_hidden_state[0, last]
         head = self.model.score
         with torch.autocast(device, enabled=False):
-            return head(hidden[last].to(head.weight.dtype))[:, 0]
+            return head(hidden.to(head.weight.dtype))[:, 0]
 
     def score_pack(self, pack: Pack) -> Tensor:
         """Rewards [K] of a pack, on the model's device."""

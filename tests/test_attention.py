@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rayrm.attention import Layout, _masked, shared_prefix_attention
+from rayrm import attention
+from rayrm.attention import Layout, _blocked, _masked, attend_last, shared_prefix_attention
 from rayrm.packing import Pack, TokenGroup
 from tests.tiny import random_ids
 
@@ -127,6 +128,41 @@ def test_the_masked_reference_agrees_without_a_window_too() -> None:
         lambda q, k, v: dense(q, k, v, plan, None, None),
         inputs(plan, 4, 2),
     )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("block", [1, 1 << 18])
+@torch.no_grad()
+def test_blocks_of_queries_give_what_a_dense_mask_gives(
+    shape: str, kv_heads: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "SMALLEST_BLOCK", 2)
+    monkeypatch.setattr(attention, "BLOCK_SCORES", block)
+    plan = layout(SHAPES[shape])
+    q, k, v = inputs(plan, 4, kv_heads)
+    expected = dense(q, k, v, plan, None, None)
+    torch.testing.assert_close(_blocked(q, k, v, plan, SCALING), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@torch.no_grad()
+def test_the_last_tokens_alone_get_what_a_dense_mask_gives(shape: str, kv_heads: int) -> None:
+    plan = layout(SHAPES[shape])
+    q, k, v = inputs(plan, 4, kv_heads)
+    last = torch.tensor([s.end - 1 for s in plan.segments])
+    ours = attend_last(q[0].transpose(0, 1)[last], k, v, last, plan, SCALING)
+    expected = dense(q, k, v, plan, None, None)[0, last]
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_scoring_in_bf16_on_cpu_goes_by_blocks() -> None:
+    plan = layout(SHAPES["groups"])
+    q, k, v = (x.bfloat16() for x in inputs(plan, 4, 2))
+    out, _ = shared_prefix_attention(torch.nn.Module(), q, k, v, None, layout=plan, scaling=SCALING)
+    assert torch.equal(out, _blocked(q, k, v, plan, SCALING))
 
 
 def test_merged_gradients_pass_gradcheck() -> None:

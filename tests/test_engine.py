@@ -29,11 +29,10 @@ from rayrm.errors import (
     ServiceError,
     TrainingError,
 )
-from rayrm.model import RewardNet
 from rayrm.packing import TokenGroup
 from rayrm.template import Template, TemplateSpec, fingerprint, set_pad_token
 from tests.conftest import make_export, tiny_tokenizer
-from tests.tiny import byte_tokenizer
+from tests.tiny import byte_tokenizer, random_groups, tiny_model
 
 PROMPTS = ["What is the capital of France?", "Name three fruits.", "Hi"]
 RESPONSES = ["Paris.", "It is Paris, the capital.", "apples", "red and blue", "x"]
@@ -99,6 +98,22 @@ def test_a_group_larger_than_the_budget_is_split_and_scored_the_same(tiny_export
         assert close(cut.score(prompts, responses).values, expected.values)
         counts.append(cut.forwards)
     assert counts[0] == len(prompts) > counts[1] > counts[2] > 1
+
+
+def test_packs_scored_at_once_get_the_rewards_of_packs_one_after_the_other(
+    tiny_export: Path,
+) -> None:
+    model = RewardModel.load(tiny_export, device="cpu", tokens_per_pack=24)
+    groups = random_groups()
+    one_by_one = model.score_groups(groups)
+    torch.set_num_threads(3)
+    try:
+        at_once = model.score_groups(groups)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
+    for ours, expected in zip(at_once, one_by_one, strict=True):
+        assert close(ours, expected)
 
 
 def test_equal_prompts_are_computed_once(model: RewardModel) -> None:
@@ -325,7 +340,7 @@ def test_the_exports_tokenizer_is_the_models_own_even_with_a_pad_token_added() -
     exported = byte_tokenizer(["</s>"], eos_token="</s>")
     assert set_pad_token(exported)
     spec = TemplateSpec("text", "\n", 100, made_by)
-    model = RewardModel(cast(RewardNet, torch.nn.Identity()), Template(exported, spec))
+    model = RewardModel(tiny_model("llama", torch.float32), Template(exported, spec))
     rows = rows_of([[5, 6]], [[7]])
     for named in (published, made_by, exported, fingerprint(exported)):
         assert model.encode(rows, named).errors == [None]
