@@ -1,10 +1,10 @@
 """Shared-prefix attention over a pack, registered with transformers under the name "rayrm".
 
 Each segment of a pack attends to its group's prefix and, causally, to itself. Four ways to the
-same numbers: bf16 matrix products by blocks of queries for scoring on CPU, fp32 kernels merged by
-log-sum-exp for training there (neither builds a mask), one varlen kernel call on CUDA, and a masked
-reference for sliding windows, soft caps and fp32 on CUDA. Knows nothing of models, rewards or
-losses; a model only has to call transformers' attention interface.
+same numbers: on CPU matrix products by blocks of queries in bf16 and kernels merged by log-sum-exp
+in fp32 (neither masks more than a block), one varlen kernel call on CUDA, and a masked reference
+for sliding windows, soft caps and fp32 on CUDA. Knows nothing of models, rewards or losses; a model
+only has to call transformers' attention interface.
 
 Shapes: B = 1 batch, H query heads, G key/value heads, T tokens of the pack, D head size.
 """
@@ -95,16 +95,15 @@ def shared_prefix_attention(
     """
     assert attention_mask is None and dropout == 0.0 and query.shape[0] == 1
     window = sliding_window if sliding_window and sliding_window < layout.longest else None
-    if query.device.type == "cpu" and window is None and softcap is None:
-        if query.dtype == torch.bfloat16 and not torch.is_grad_enabled():
-            return _blocked(query, key, value, layout, scaling), None
-        # The fp32 kernels are the fast ones there: bf16's backward takes 2 to 10 times as long.
-        q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key, value))
-        return _MergedAttention.apply(q, k, v, layout, scaling).to(value.dtype), None
     if torch.is_autocast_enabled(query.device.type):
         # As autocast does for torch's own attention: rotary embedding leaves query and key in fp32.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if query.device.type == "cpu" and window is None and softcap is None:
+        # Each has the kernels that are the fast ones for its dtype.
+        kernel = _BlockedAttention if query.dtype == torch.bfloat16 else _MergedAttention
+        with torch.autocast("cpu", enabled=False):
+            return kernel.apply(query, key, value, layout, scaling), None
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None:
         return _varlen(query, key, value, layout, scaling, window), None
     return _masked(query, key, value, layout, scaling, window, softcap), None
@@ -128,6 +127,85 @@ def attend_last(
     return torch.stack(outs).flatten(1, 2)
 
 
+class _BlockedAttention(torch.autograd.Function):
+    """Scores of a block of queries in one matrix product: for bf16 2 to 5 times the flash kernel.
+
+    Key/value heads are not expanded: the query heads of one are rows of the same product. Nothing
+    but the inputs is kept for the backward, which computes each block's weights again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.layout, ctx.scaling = layout, scaling
+        q, k, v = _by_key_head(q, k, v)
+        out = torch.empty_like(q)
+        for segment in layout.segments:
+            keys, values = _seen(k, segment), _seen(v, segment)
+            for a, b, seen in _query_blocks(segment, q):
+                weights = _weights(_rows(q, a, b), keys[:, :seen], b - a, scaling)
+                out[a:b] = _heads(weights @ values[:, :seen], b - a)
+        return out.flatten(1, 2)[None]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = _by_key_head(*ctx.saved_tensors)
+        grad_out = grads[0][0].view_as(q)
+        grad_q = torch.empty_like(q)
+        # Many blocks add to the same keys: in the weights' dtype the small ones would be lost.
+        exact = torch.promote_types(k.dtype, torch.float32)
+        grad_k, grad_v = (torch.zeros(x.shape, dtype=exact) for x in (k, v))
+        for s in ctx.layout.segments:
+            all_keys, all_values = _seen(k, s), _seen(v, s)
+            shared = s.prefix_end - s.prefix_start
+            for a, b, seen in _query_blocks(s, q):
+                keys, values = all_keys[:, :seen], all_values[:, :seen]
+                rows, grad = _rows(q, a, b), _rows(grad_out, a, b)
+                weights = _weights(rows, keys, b - a, ctx.scaling)
+                grad_scores = torch.ops.aten._softmax_backward_data(
+                    grad @ values.mT, weights, -1, weights.dtype
+                ).mul_(ctx.scaling)
+                grad_q[a:b] = _heads(grad_scores @ keys, b - a)
+                for total, part in ((grad_k, grad_scores.mT @ rows), (grad_v, weights.mT @ grad)):
+                    total[:, s.prefix_start : s.prefix_end] += part[:, :shared]
+                    total[:, s.start : b] += part[:, shared:]
+        return (
+            grad_q.flatten(1, 2).transpose(0, 1)[None],
+            grad_k.to(k.dtype)[None],
+            grad_v.to(v.dtype)[None],
+            None,
+            None,
+        )
+
+
+def _by_key_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[1, H, T, D] and twice [1, G, T, D] → [T, G, H / G, D] and twice [G, T, D], contiguous."""
+    by_token = q[0].transpose(0, 1).unflatten(1, (k.shape[1], -1))
+    return by_token.contiguous(), k[0].contiguous(), v[0].contiguous()
+
+
+def _query_blocks(s: Segment, q: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Tokens [a, b) of a segment, so few that the cache holds their scores, and how many they see."""
+    shared = s.prefix_end - s.prefix_start
+    heads = q.shape[1] * q.shape[2]
+    size = max(SMALLEST_BLOCK, BLOCK_SCORES // (heads * (shared + s.end - s.start)))
+    for a in range(s.start, s.end, size):
+        b = min(a + size, s.end)
+        yield a, b, shared + b - s.start
+
+
+def _rows(x: Tensor, a: int, b: int) -> Tensor:
+    """Tokens [a, b) of [T, G, R, D] → [G, (b - a) R, D]: the heads of a key are rows."""
+    return x[a:b].transpose(0, 1).flatten(1, 2)
+
+
+def _heads(rows: Tensor, tokens: int) -> Tensor:
+    """What _rows made, back: [G, tokens R, D] → [tokens, G, R, D]."""
+    return rows.unflatten(1, (tokens, -1)).transpose(0, 1)
+
+
 def _seen(x: Tensor, s: Segment) -> Tensor:
     """Of keys or values [G, T, D], what a segment sees: its prefix, then itself."""
     if s.prefix_end == s.prefix_start:
@@ -137,30 +215,13 @@ def _seen(x: Tensor, s: Segment) -> Tensor:
     return torch.cat([x[:, s.prefix_start : s.prefix_end], x[:, s.start : s.end]], dim=1)
 
 
-def _blocked(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float) -> Tensor:
-    """Scores of a block of queries in one matrix product, twice as fast as the flash kernel.
-
-    Key/value heads are not expanded: the query heads of one are rows of the same product.
-    """
-    (k, v), H = (k[0].contiguous(), v[0].contiguous()), q.shape[1]
-    G, T, D = k.shape
-    q = q[0].transpose(0, 1).unflatten(1, (G, H // G))
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    for s in layout.segments:
-        keys, values = _seen(k, s), _seen(v, s)
-        shared = s.prefix_end - s.prefix_start
-        rows = max(SMALLEST_BLOCK, BLOCK_SCORES // (H * keys.shape[1]))
-        for a in range(s.start, s.end, rows):
-            b = min(a + rows, s.end)
-            seen = shared + b - s.start
-            block = q[a:b].transpose(0, 1).flatten(1, 2)
-            scores = torch.bmm(block, keys[:, :seen].mT).mul_(scaling)
-            own = scores[:, :, seen - (b - a) :].unflatten(1, (b - a, H // G))
-            hidden = torch.ones(b - a, b - a, dtype=torch.bool).triu_(1)
-            own.masked_fill_(hidden[:, None], -torch.inf)
-            outs = torch.bmm(scores.softmax(-1), values[:, :seen])
-            out[a:b] = outs.unflatten(1, (b - a, H // G)).transpose(0, 1)
-    return out.view(1, T, H, D)
+def _weights(rows: Tensor, keys: Tensor, tokens: int, scaling: float) -> Tensor:
+    """Softmax of the scores [G, tokens R, keys], the last `tokens` keys being the rows' own."""
+    scores = (rows @ keys.mT).mul_(scaling)
+    own = scores[:, :, -tokens:].unflatten(1, (tokens, -1))
+    hidden = torch.ones(tokens, tokens, dtype=torch.bool).triu_(1)
+    own.masked_fill_(hidden[:, None], -torch.inf)
+    return scores.softmax(-1)
 
 
 def _varlen(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rayrm import attention
-from rayrm.attention import Layout, _blocked, _masked, attend_last, shared_prefix_attention
+from rayrm.attention import Layout, _BlockedAttention, _masked, attend_last, shared_prefix_attention
 from rayrm.packing import Pack, TokenGroup
 from tests.tiny import random_ids
 
@@ -133,16 +133,17 @@ def test_the_masked_reference_agrees_without_a_window_too() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("block", [1, 1 << 18])
-@torch.no_grad()
-def test_blocks_of_queries_give_what_a_dense_mask_gives(
+def test_blocks_of_queries_and_their_gradients_are_those_of_a_dense_mask(
     shape: str, kv_heads: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "SMALLEST_BLOCK", 2)
     monkeypatch.setattr(attention, "BLOCK_SCORES", block)
     plan = layout(SHAPES[shape])
-    q, k, v = inputs(plan, 4, kv_heads)
-    expected = dense(q, k, v, plan, None, None)
-    torch.testing.assert_close(_blocked(q, k, v, plan, SCALING), expected, rtol=0, atol=1e-10)
+    assert_same(
+        lambda q, k, v: _BlockedAttention.apply(q, k, v, plan, SCALING),
+        lambda q, k, v: dense(q, k, v, plan, None, None),
+        inputs(plan, 4, kv_heads),
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -157,12 +158,15 @@ def test_the_last_tokens_alone_get_what_a_dense_mask_gives(shape: str, kv_heads:
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
 
 
-@torch.no_grad()
-def test_scoring_in_bf16_on_cpu_goes_by_blocks() -> None:
+def test_bf16_on_cpu_goes_by_blocks_and_fp32_by_merged_kernels() -> None:
     plan = layout(SHAPES["groups"])
     q, k, v = (x.bfloat16() for x in inputs(plan, 4, 2))
     out, _ = shared_prefix_attention(torch.nn.Module(), q, k, v, None, layout=plan, scaling=SCALING)
-    assert torch.equal(out, _blocked(q, k, v, plan, SCALING))
+    assert "_BlockedAttention" in str(out.grad_fn)
+    out, _ = shared_prefix_attention(
+        torch.nn.Module(), q.float(), k.float(), v.float(), None, layout=plan, scaling=SCALING
+    )
+    assert "_MergedAttention" in str(out.grad_fn)
 
 
 def test_merged_gradients_pass_gradcheck() -> None:
