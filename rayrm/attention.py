@@ -187,7 +187,7 @@ def _by_key_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def _query_blocks(s: Segment, q: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Tokens [a, b) of a segment, so few that the cache holds their scores, and how many they see."""
+    """Tokens [a, b) of a segment whose scores fit the cache, and how many keys they see."""
     shared = s.prefix_end - s.prefix_start
     heads = q.shape[1] * q.shape[2]
     size = max(SMALLEST_BLOCK, BLOCK_SCORES // (heads * (shared + s.end - s.start)))
