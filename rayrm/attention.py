@@ -17,6 +17,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -25,12 +26,51 @@ from rayrm.packing import Segment
 
 NAME = "rayrm"
 
-# Scores of a block of queries: half of a core's second-level cache, in bf16.
-BLOCK_SCORES = 1 << 18
+# Scores of a block of queries, of each head: those of all heads stay in a core's cache.
+BLOCK_SCORES = 1 << 16
 SMALLEST_BLOCK = 32
+USUAL_RESPONSE = 128
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Queries [start, end), which see a prefix and, of the tokens from own on, what is not hidden.
+
+    hidden: bool [queries, 1, end - own]; tokens after the query and those of other responses.
+    """
+
+    start: int
+    end: int
+    prefix_start: int
+    prefix_end: int
+    own: int
+    hidden: Tensor
+
+    def seen(self, x: Tensor) -> Tensor:
+        """Of keys or values [G, T, D], the prefix and the tokens from own on."""
+        if self.prefix_end == self.own:
+            return x[:, self.prefix_start : self.end]
+        prefix, own = x[:, self.prefix_start : self.prefix_end], x[:, self.own : self.end]
+        return torch.cat([prefix, own], dim=1)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Of [T, G, R, D] the queries, the R heads of one key as rows: [G, queries R, D]."""
+        return x[self.start : self.end].transpose(0, 1).flatten(1, 2)
+
+    def put(self, rows: Tensor, x: Tensor) -> None:
+        """Write what `rows` took, back into x [T, G, R, D]."""
+        heads = rows.unflatten(1, (self.end - self.start, -1)).transpose(0, 1)
+        x[self.start : self.end] = heads
+
+    def weights(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """Softmax of the scores [G, queries R, keys]."""
+        scores = rows @ keys.mT
+        own = scores[:, :, -self.hidden.shape[2] :]
+        own.unflatten(1, (self.end - self.start, -1)).masked_fill_(self.hidden, -torch.inf)
+        return scores.softmax(-1)
+
+
+@dataclass(frozen=True, eq=False)
 class Layout:
     """The segments of one pack, and what the CUDA kernel needs to know of them, built once."""
 
@@ -74,6 +114,27 @@ class Layout:
                 families[-1] = (start, prefix_end, s.end, [*bounds, s.end])
         return families
 
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """The pack in blocks of queries whose scores fit the cache."""
+        blocks: list[Block] = []
+        for start, prefix_end, end, bounds in self.families:
+            parts = [(start, prefix_end, start, [start])]
+            if end > prefix_end:
+                parts.append((prefix_end, end, prefix_end, bounds[:-1]))
+            for first, stop, prefix, starts in parts:
+                shared = prefix - start
+                tokens = max(SMALLEST_BLOCK, BLOCK_SCORES // (shared + USUAL_RESPONSE))
+                row = np.searchsorted(starts, np.arange(first, stop), side="right") - 1
+                for a in range(first, stop, tokens):
+                    b = min(a + tokens, stop)
+                    own = starts[row[a - first]]
+                    at, keys = np.arange(a, b), np.arange(own, b)
+                    other = row[at - first][:, None] != row[keys - first]
+                    hidden = torch.from_numpy(other | (keys > at[:, None]))
+                    blocks.append(Block(a, b, start, prefix, own, hidden[:, None]))
+        return blocks
+
 
 def shared_prefix_attention(
     module: torch.nn.Module,
@@ -95,15 +156,17 @@ def shared_prefix_attention(
     """
     assert attention_mask is None and dropout == 0.0 and query.shape[0] == 1
     window = sliding_window if sliding_window and sliding_window < layout.longest else None
+    dtype = value.dtype
     if torch.is_autocast_enabled(query.device.type):
         # As autocast does for torch's own attention: rotary embedding leaves query and key in fp32.
         dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if query.device.type == "cpu" and window is None and softcap is None:
-        # Each has the kernels that are the fast ones for its dtype.
-        kernel = _BlockedAttention if query.dtype == torch.bfloat16 else _MergedAttention
         with torch.autocast("cpu", enabled=False):
-            return kernel.apply(query, key, value, layout, scaling), None
+            if dtype == torch.bfloat16:
+                query, key, value = (query * scaling).to(dtype), key.to(dtype), value.to(dtype)
+                return _BlockedAttention.apply(query, key, value, layout), None
+            return _MergedAttention.apply(query, key, value, layout, scaling), None
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None:
         return _varlen(query, key, value, layout, scaling, window), None
     return _masked(query, key, value, layout, scaling, window, softcap), None
@@ -116,37 +179,37 @@ def attend_last(
 
     query [K, H, D] of the tokens at last [K]; key and value [1, G, T, D] → [K, H, D].
     """
-    k, v = key[0], value[0]
-    query = query.unflatten(1, (len(k), -1))
+    k, v = key[0].to(value.dtype), value[0]
+    query = (query * scaling).to(v.dtype).unflatten(1, (len(k), -1))
     ends = {s.end: s for s in layout.segments}
     outs = []
     for q, at in zip(query, last.tolist(), strict=True):
-        segment = ends[at + 1]
-        scores = torch.bmm(q, _seen(k, segment).mT) * scaling
-        outs.append(torch.bmm(scores.softmax(-1), _seen(v, segment)))
+        s = ends[at + 1]
+        keys, values = (
+            torch.cat([x[:, s.prefix_start : s.prefix_end], x[:, s.start : s.end]], dim=1)
+            for x in (k, v)
+        )
+        outs.append((q @ keys.mT).softmax(-1) @ values)
     return torch.stack(outs).flatten(1, 2)
 
 
 class _BlockedAttention(torch.autograd.Function):
     """Scores of a block of queries in one matrix product: for bf16 2 to 5 times the flash kernel.
 
-    Key/value heads are not expanded: the query heads of one are rows of the same product. Nothing
-    but the inputs is kept for the backward, which computes each block's weights again.
+    Takes queries that are scaled. Key/value heads are not expanded: the query heads of one are
+    rows of the same product. Nothing but the inputs is kept for the backward, which computes each
+    block's weights again.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.layout, ctx.scaling = layout, scaling
+        ctx.layout = layout
         q, k, v = _by_key_head(q, k, v)
         out = torch.empty_like(q)
-        for segment in layout.segments:
-            keys, values = _seen(k, segment), _seen(v, segment)
-            for a, b, seen in _query_blocks(segment, q):
-                weights = _weights(_rows(q, a, b), keys[:, :seen], b - a, scaling)
-                out[a:b] = _heads(weights @ values[:, :seen], b - a)
+        for block in layout.blocks:
+            weights = block.weights(block.rows(q), block.seen(k))
+            block.put(weights @ block.seen(v), out)
         return out.flatten(1, 2)[None]
 
     @staticmethod
@@ -157,71 +220,25 @@ class _BlockedAttention(torch.autograd.Function):
         # Many blocks add to the same keys: in the weights' dtype the small ones would be lost.
         exact = torch.promote_types(k.dtype, torch.float32)
         grad_k, grad_v = (torch.zeros(x.shape, dtype=exact) for x in (k, v))
-        for s in ctx.layout.segments:
-            all_keys, all_values = _seen(k, s), _seen(v, s)
-            shared = s.prefix_end - s.prefix_start
-            for a, b, seen in _query_blocks(s, q):
-                keys, values = all_keys[:, :seen], all_values[:, :seen]
-                rows, grad = _rows(q, a, b), _rows(grad_out, a, b)
-                weights = _weights(rows, keys, b - a, ctx.scaling)
-                grad_scores = torch.ops.aten._softmax_backward_data(
-                    grad @ values.mT, weights, -1, weights.dtype
-                ).mul_(ctx.scaling)
-                grad_q[a:b] = _heads(grad_scores @ keys, b - a)
-                for total, part in ((grad_k, grad_scores.mT @ rows), (grad_v, weights.mT @ grad)):
-                    total[:, s.prefix_start : s.prefix_end] += part[:, :shared]
-                    total[:, s.start : b] += part[:, shared:]
-        return (
-            grad_q.flatten(1, 2).transpose(0, 1)[None],
-            grad_k.to(k.dtype)[None],
-            grad_v.to(v.dtype)[None],
-            None,
-            None,
-        )
+        for block in ctx.layout.blocks:
+            rows, grad, keys = block.rows(q), block.rows(grad_out), block.seen(k)
+            weights = block.weights(rows, keys)
+            grad_scores = torch.ops.aten._softmax_backward_data(
+                grad @ block.seen(v).mT, weights, -1, weights.dtype
+            )
+            block.put(grad_scores @ keys, grad_q)
+            shared = block.prefix_end - block.prefix_start
+            for total, part in ((grad_k, grad_scores.mT @ rows), (grad_v, weights.mT @ grad)):
+                total[:, block.prefix_start : block.prefix_end] += part[:, :shared]
+                total[:, block.own : block.end] += part[:, shared:]
+        grad_q = grad_q.flatten(1, 2).transpose(0, 1)
+        return grad_q[None], grad_k.to(k.dtype)[None], grad_v.to(v.dtype)[None], None
 
 
 def _by_key_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[1, H, T, D] and twice [1, G, T, D] → [T, G, H / G, D] and twice [G, T, D], contiguous."""
     by_token = q[0].transpose(0, 1).unflatten(1, (k.shape[1], -1))
     return by_token.contiguous(), k[0].contiguous(), v[0].contiguous()
-
-
-def _query_blocks(s: Segment, q: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Tokens [a, b) of a segment whose scores fit the cache, and how many keys they see."""
-    shared = s.prefix_end - s.prefix_start
-    heads = q.shape[1] * q.shape[2]
-    size = max(SMALLEST_BLOCK, BLOCK_SCORES // (heads * (shared + s.end - s.start)))
-    for a in range(s.start, s.end, size):
-        b = min(a + size, s.end)
-        yield a, b, shared + b - s.start
-
-
-def _rows(x: Tensor, a: int, b: int) -> Tensor:
-    """Tokens [a, b) of [T, G, R, D] → [G, (b - a) R, D]: the heads of a key are rows."""
-    return x[a:b].transpose(0, 1).flatten(1, 2)
-
-
-def _heads(rows: Tensor, tokens: int) -> Tensor:
-    """What _rows made, back: [G, tokens R, D] → [tokens, G, R, D]."""
-    return rows.unflatten(1, (tokens, -1)).transpose(0, 1)
-
-
-def _seen(x: Tensor, s: Segment) -> Tensor:
-    """Of keys or values [G, T, D], what a segment sees: its prefix, then itself."""
-    if s.prefix_end == s.prefix_start:
-        return x[:, s.start : s.end]
-    if s.prefix_end == s.start:
-        return x[:, s.prefix_start : s.end]
-    return torch.cat([x[:, s.prefix_start : s.prefix_end], x[:, s.start : s.end]], dim=1)
-
-
-def _weights(rows: Tensor, keys: Tensor, tokens: int, scaling: float) -> Tensor:
-    """Softmax of the scores [G, tokens R, keys], the last `tokens` keys being the rows' own."""
-    scores = (rows @ keys.mT).mul_(scaling)
-    own = scores[:, :, -tokens:].unflatten(1, (tokens, -1))
-    hidden = torch.ones(tokens, tokens, dtype=torch.bool).triu_(1)
-    own.masked_fill_(hidden[:, None], -torch.inf)
-    return scores.softmax(-1)
 
 
 def _varlen(

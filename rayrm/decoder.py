@@ -153,13 +153,13 @@ class Decoder:
     def project(
         self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [T, H, D], keys and values [T, G, D] of the layer's input, rotated."""
+        """Queries [T, H, D] and keys [T, G, D], rotated but not rounded, and values [T, G, D]."""
         qkv = layer.qkv(layer.norm_in(x, self.dtype)).unflatten(-1, (-1, self.head_size))
         qk, v = qkv[:, : -self.key_heads].to(self.exact), qkv[:, -self.key_heads :]
         if layer.norm_q and layer.norm_k:
             q, k = qk[:, : -self.key_heads], qk[:, -self.key_heads :]
             qk = torch.cat([layer.norm_q(q, self.exact), layer.norm_k(k, self.exact)], dim=1)
-        qk = rotate(qk, cos, sin).to(self.dtype)
+        qk = rotate(qk, cos, sin)
         return qk[:, : -self.key_heads], qk[:, -self.key_heads :], v
 
     def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
