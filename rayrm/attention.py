@@ -28,7 +28,7 @@ NAME = "rayrm"
 
 # Scores of a block of queries, of each head: those of all heads stay in a core's cache.
 BLOCK_SCORES = 1 << 16
-SMALLEST_BLOCK = 32
+SMALLEST_BLOCK, LARGEST_BLOCK = 32, 128
 USUAL_RESPONSE = 128
 
 
@@ -124,7 +124,8 @@ class Layout:
                 parts.append((prefix_end, end, prefix_end, bounds[:-1]))
             for first, stop, prefix, starts in parts:
                 shared = prefix - start
-                tokens = max(SMALLEST_BLOCK, BLOCK_SCORES // (shared + USUAL_RESPONSE))
+                tokens = BLOCK_SCORES // (shared + USUAL_RESPONSE)
+                tokens = min(max(tokens, SMALLEST_BLOCK), LARGEST_BLOCK)
                 row = np.searchsorted(starts, np.arange(first, stop), side="right") - 1
                 for a in range(first, stop, tokens):
                     b = min(a + tokens, stop)

@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--max-steps", type=int, default=-1, help="stop after these")
     parser.add_argument("--score", action="store_true", help="score the pairs with the result")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -71,6 +72,7 @@ def main() -> None:
             per_device_train_batch_size=args.micro_batch,
             gradient_accumulation_steps=args.pairs_per_step // args.micro_batch,
             num_train_epochs=1,
+            max_steps=args.max_steps,
             learning_rate=args.learning_rate,
             warmup_steps=args.warmup_steps,
             weight_decay=args.weight_decay,

@@ -1,0 +1,665 @@
+"""rayrm beside its peers: the same work in the same run, in turns, medians, ratios first.
+
+    jobs/bench.py [WORKLOAD …] [--pairs FILE] [--ranked FILE] [--repeats 3] [--directory runs/bench]
+
+Every side is a process of its own, so that its peak memory is its own, and they take turns. Peers
+live in jobs/peers/ and, where they need one, in an environment of their own (`make bench` creates
+them). A ratio counts only where rewards or losses agree with ours; a peer that is missing or fails
+is reported as absent. Writes figures.json, table.txt and bench.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from matplotlib.figure import Figure
+from ray import serve
+from transformers import AutoConfig
+
+from rayrm import RewardClient, RewardModel, ServeConfig, TrainConfig, deploy, fit
+from rayrm.chunk import Chunk, to_chunk
+from rayrm.chunk import Step as ChunkStep
+from rayrm.client import REPLICA
+from rayrm.data import read_groups
+from rayrm.dataset import PreferenceData, PreferenceGroup, encode_groups
+from rayrm.engine import Rewards
+from rayrm.loop import collate_pairs, load_model
+from rayrm.loss import bradley_terry
+from rayrm.model import RewardNet, load_base, pack_tensors, save_weights
+from rayrm.packing import Pack, TokenGroup, share_packs
+from rayrm.sample import generate
+from rayrm.template import Row
+
+HERE = Path(__file__).parent
+BASE = "SmolLM2-135M-Instruct"
+PYTHON = {peer: HERE.parent / f".venv-{peer}" / "bin" / "python" for peer in ("trl", "vllm")}
+# In bf16 rewards differ by some hundredths of their spread; a wrong row differs by one.
+AGREE = 0.99
+# Of the loss before any update: bf16 moves a mean over 6 to 16 pairs by about 0.01.
+SAME_LOSS = 0.03
+TOKENS_PER_MICRO_BATCH = 2048
+
+Ids = list[int]
+Figures = dict[str, Any]
+
+
+@dataclass
+class Side:
+    """A process that answers a line of JSON for every question, and what it answered."""
+
+    name: str
+    process: subprocess.Popen[str]
+    answers: list[Figures] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, name: str, python: Path, arguments: Sequence[object], directory: Path) -> Side:
+        command = [str(python), *map(str, arguments)]
+        environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+        log = open(directory / f"{name}.log", "w")  # noqa: SIM115 lives as long as the process
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=environment
+        )
+        return cls(name, process)
+
+    def ask(self, question: Figures) -> bool:
+        """False where the process is gone."""
+        assert self.process.stdin and self.process.stdout
+        try:
+            print(json.dumps(question), file=self.process.stdin, flush=True)
+        except BrokenPipeError:
+            return False
+        for line in self.process.stdout:
+            if line.startswith("{"):  # libraries print lines of their own
+                self.answers.append(json.loads(line))
+                return True
+        return False
+
+    def seconds(self) -> float:
+        return statistics.median(answer["seconds"] for answer in self.answers)
+
+
+# Scoring
+
+
+@dataclass(frozen=True)
+class Step:
+    """Rows of a scoring workload: each row's prompt, and the row, as ids."""
+
+    name: str
+    prompts: list[Ids]
+    rows: list[Ids]
+
+    @property
+    def unique_tokens(self) -> int:
+        return sum(group.tokens for group in self.groups())
+
+    def groups(self) -> list[TokenGroup]:
+        families: dict[tuple[int, ...], list[Ids]] = {}
+        for prompt, row in zip(self.prompts, self.rows, strict=True):
+            families.setdefault(tuple(prompt), []).append(row)
+        return [
+            TokenGroup.from_rows([np.array(row, dtype=np.int32) for row in rows])
+            for rows in families.values()
+        ]
+
+    def save(self, directory: Path) -> Figures:
+        """The question to a side."""
+        question = {}
+        for key, value in (("rows", self.rows), ("prompts", self.prompts)):
+            file = directory / f"{self.name}.{key}.json"
+            file.write_text(json.dumps(value))
+            question[key] = str(file.resolve())
+        return question
+
+    def first(self, rows: int) -> Step:
+        return Step("warm-up", self.prompts[:rows], self.rows[:rows])
+
+
+def grpo(name: str, groups: int, responses: int, vocabulary: int) -> Step:
+    """Prompt lengths lognormal around 256 tokens, responses around 128, ids at random."""
+    rng = np.random.default_rng(7)
+    prompts, rows = [], []
+    for _ in range(groups):
+        prompt = rng.integers(0, vocabulary, int(max(16, rng.lognormal(np.log(256), 0.5)))).tolist()
+        for _ in range(responses):
+            length = int(max(8, rng.lognormal(np.log(128), 0.6)))
+            prompts.append(prompt)
+            rows.append([*prompt, *rng.integers(0, vocabulary, length).tolist()])
+    return Step(name, prompts, rows)
+
+
+def long_prompts(name: str, groups: int, responses: int, vocabulary: int) -> Step:
+    """Prompts of 1024 tokens and responses of 256."""
+    rng = np.random.default_rng(7)
+    prompts, rows = [], []
+    for _ in range(groups):
+        prompt = rng.integers(0, vocabulary, 1024).tolist()
+        for _ in range(responses):
+            prompts.append(prompt)
+            rows.append([*prompt, *rng.integers(0, vocabulary, 256).tolist()])
+    return Step(name, prompts, rows)
+
+
+STEPS = {
+    "score-grpo-16x8": lambda v: grpo("score-grpo-16x8", 16, 8, v),
+    "score-grpo-64x8": lambda v: grpo("score-grpo-64x8", 64, 8, v),
+    "score-single-64": lambda v: grpo("score-single-64", 64, 1, v),
+    "score-long-4x16": lambda v: long_prompts("score-long-4x16", 4, 16, v),
+}
+
+
+def bench_scoring(names: Sequence[str], model: Path, args: argparse.Namespace) -> Figures:
+    sides = [
+        Side.start(
+            "rayrm", Path(sys.executable), [__file__, "--side", "score", model], args.directory
+        ),
+        Side.start("vllm", PYTHON["vllm"], [HERE / "peers/score_vllm.py", model], args.directory)
+        if PYTHON["vllm"].exists()
+        else None,
+        Side.start(
+            "padded", Path(sys.executable), [HERE / "peers/score_padded.py", model], args.directory
+        ),
+    ]
+    vocabulary = AutoConfig.from_pretrained(model).vocab_size
+    figures = {}
+    for name in names:
+        step = STEPS[name](vocabulary)
+        warm_up, question = (s.save(args.directory) for s in (step.first(8), step))
+        present = [side for side in sides if side and side.ask(warm_up)]
+        for side in present:
+            side.answers.clear()
+        for _ in range(args.repeats):
+            present = [side for side in present if side.ask(question)]
+        ceiling = matrix_products(model, step.unique_tokens, passes=1)
+        figures[name] = scoring_figures(step, present, ceiling)
+        show(name, figures[name])
+    for side in filter(None, sides):
+        side.process.kill()
+    return figures
+
+
+def scoring_figures(step: Step, present: Sequence[Side], ceiling: float) -> Figures:
+    ours = present[0]
+    assert ours.name == "rayrm", "rayrm itself did not answer: see rayrm.log"
+    rewards = ours.answers[-1]["rewards"]
+    sides = {}
+    for side in present:
+        correlation = float(np.corrcoef(rewards, side.answers[-1]["rewards"])[0, 1])
+        sides[side.name] = {
+            "per_second": len(step.rows) / side.seconds(),
+            "seconds": [answer["seconds"] for answer in side.answers],
+            "ratio": side.seconds() / ours.seconds() if correlation > AGREE else None,
+            "agreement": correlation,
+            "of_ceiling": ceiling / side.seconds(),
+            "peak_bytes": side.answers[-1]["peak_bytes"],
+        }
+    return {
+        "unit": "rewards",
+        "rows": len(step.rows),
+        "tokens": sum(map(len, step.rows)),
+        "unique_tokens": step.unique_tokens,
+        "sides": sides,
+    }
+
+
+def matrix_products(model: Path, tokens: int, passes: int) -> float:
+    """Seconds of the backbone's matrix products alone for that many tokens, bf16.
+
+    passes: 1 for a forward, 3 for a forward and a backward.
+    """
+    c = AutoConfig.from_pretrained(model)
+    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    width, inner = c.hidden_size, c.intermediate_size
+    heads, keys = c.num_attention_heads * head, c.num_key_value_heads * head
+    shapes = [(width, heads + 2 * keys), (heads, width), (width, 2 * inner), (inner, width)]
+    torch.set_num_threads(os.cpu_count() or 1)
+    weights = [torch.randn(o, i).bfloat16() for i, o in shapes]
+    inputs = [torch.randn(TOKENS_PER_MICRO_BATCH, i).bfloat16() for i, _ in shapes]
+
+    def layer() -> float:
+        started = time.perf_counter()
+        for x, w in zip(inputs, weights, strict=True):
+            x @ w.mT
+        return time.perf_counter() - started
+
+    layer()
+    seconds = statistics.median(layer() for _ in range(15))
+    return seconds * c.num_hidden_layers * tokens / TOKENS_PER_MICRO_BATCH * passes
+
+
+def side_score(model: str) -> None:
+    """RewardModel, in a process of its own like the peers it is measured beside."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    reward_model = RewardModel.load(model, "cpu", "bfloat16", max_length=2048)
+    for line in sys.stdin:
+        files = json.loads(line)
+        rows, prompts = (json.loads(Path(files[key]).read_text()) for key in ("rows", "prompts"))
+        responses = [row[len(p) :] for row, p in zip(rows, prompts, strict=True)]
+        started = time.perf_counter()
+        rewards = reward_model.score(prompts, responses).values
+        answer(seconds=time.perf_counter() - started, rewards=rewards.tolist())
+
+
+# Training
+
+
+def bench_training(
+    name: str, file: str | None, per_step: int, start: Path, args: argparse.Namespace
+) -> Figures:
+    """Optimizer steps of per_step groups, ours each prompt once, TRL on the same pairs padded."""
+    steps = 3
+    data = preferences(file, start, args.directory)
+    groups = alike(data, ranked=name == "train-ranked")[: steps * per_step]
+    ours, theirs = save_groups(groups, args.directory / name)
+    pairs = [sum(g.pairs for g in groups[i * per_step : (i + 1) * per_step]) for i in range(steps)]
+    trl = [PYTHON["trl"], HERE / "peers/train_trl.py", start, theirs, "--max-length", 2048]
+    settings = {
+        b: ["--pairs-per-step", pairs[0], "--micro-batch", b]
+        for b in (1, 2, 4, 8)
+        if pairs[0] % b == 0
+    }
+    fastest: int | None = None
+    if PYTHON["trl"].exists():
+        tried = {
+            b: run_once([*trl, *words, "--max-steps", 2], args.directory / f"{name}-trl-{b}.log")
+            for b, words in settings.items()
+        }
+        rates = {b: t["seconds"][-1] for b, t in tried.items() if t}
+        fastest = min(rates, key=lambda b: rates[b], default=None)
+    rayrm = [sys.executable, __file__, "--side", "train", start, ours, str(per_step)]
+    runs: dict[str, list[Figures]] = {"rayrm": [], "trl": []}
+    for _ in range(args.repeats):
+        if run := run_once(rayrm, args.directory / f"{name}-rayrm.log"):
+            runs["rayrm"].append(run)
+        if fastest and (run := run_once([*trl, *settings[fastest]], args.directory / "trl.log")):
+            runs["trl"].append(run)
+    tokens = sum(group.tokens.tokens for group in groups[per_step:])
+    figures = training_figures(runs, pairs, matrix_products(start, tokens, passes=3))
+    figures |= {"fingerprint": data.fingerprint, "micro_batch_of_trl": fastest}
+    show(name, figures)
+    return figures
+
+
+def alike(data: PreferenceData, ranked: bool) -> list[PreferenceGroup]:
+    """Groups of one pair, or of the commonest number of pairs above one: TRL's steps are alike."""
+    groups = [data[i] for i in range(len(data))]
+    counts = Counter(group.pairs for group in groups if (group.pairs > 1) == ranked)
+    if not counts:
+        sys.exit(f"no group of {'several pairs' if ranked else 'one pair'} in the data")
+    usual = counts.most_common(1)[0][0]
+    return [group for group in groups if group.pairs == usual]
+
+
+def training_figures(runs: dict[str, list[Figures]], pairs: list[int], ceiling: float) -> Figures:
+    """The first step of a run is its warm-up."""
+    sides = {}
+    per_run = {name: [sum(run["seconds"][1:]) for run in r] for name, r in runs.items()}
+    ours = statistics.median(per_run["rayrm"])
+    for name, seconds in per_run.items():
+        if not seconds:
+            continue
+        median = statistics.median(seconds)
+        difference = abs(runs[name][-1]["loss"][0] - runs["rayrm"][-1]["loss"][0])
+        sides[name] = {
+            "per_second": sum(pairs[1:]) / median,
+            "seconds": seconds,
+            "ratio": median / ours if difference < SAME_LOSS else None,
+            "agreement": difference,
+            "of_ceiling": ceiling / median,
+            "peak_bytes": max(run["peak_bytes"] for run in runs[name]),
+        }
+    return {"unit": "pairs", "pairs_per_step": pairs[0], "sides": sides}
+
+
+def preferences(file: str | None, start: Path, directory: Path) -> PreferenceData:
+    """Groups of ids from a file of preferences, by default the generated ones."""
+    if file is None:
+        records, _ = generate(0, 200, 0)
+        generated = directory / "pairs.jsonl"
+        generated.write_text("".join(json.dumps(record) + "\n" for record in records))
+        file = str(generated)
+    config = TrainConfig(
+        model={"path": str(start)}, data={"train": file, "max_length": 2048}, storage="unused"
+    )
+    _, template = load_model(config)
+    groups, _ = read_groups(file)
+    return encode_groups(groups[:2000], template, "error")
+
+
+def save_groups(groups: Sequence[PreferenceGroup], path: Path) -> tuple[Path, Path]:
+    """For us groups of rows and the pairs of them, for TRL every pair's rows."""
+    ours, theirs = path.with_suffix(".groups.jsonl"), path.with_suffix(".pairs.jsonl")
+    with ours.open("w") as grouped, theirs.open("w") as paired:
+        for group in groups:
+            rows = [row.tolist() for row in group.tokens.rows]
+            chosen, rejected = group.chosen.tolist(), group.rejected.tolist()
+            print(json.dumps({"rows": rows, "chosen": chosen, "rejected": rejected}), file=grouped)
+            for c, r in zip(chosen, rejected, strict=True):
+                print(json.dumps({"chosen_ids": rows[c], "rejected_ids": rows[r]}), file=paired)
+    return ours, theirs
+
+
+def run_once(command: Sequence[object], log: Path) -> Figures | None:
+    """What a program prints in its last line; None where it fails."""
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    with log.open("w") as errors:
+        run = subprocess.run(
+            list(map(str, command)),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+        )
+    return None if run.returncode else json.loads(run.stdout.splitlines()[-1])
+
+
+def side_train(start: str, file: str, per_step: str) -> None:
+    """The bare loop: packs, loss and optimizer as in a rank of a run, without Ray and DeepSpeed."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    model, _, _ = load_base(start)
+    net = RewardNet(model, torch.bfloat16).train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=5e-5, weight_decay=0.0, fused=True)
+    groups = [read_group(json.loads(line)) for line in Path(file).read_text().splitlines()]
+    losses, seconds = [], []
+    for at in range(0, len(groups), int(per_step)):
+        started = time.perf_counter()
+        losses.append(bare_step(net, optimizer, groups[at : at + int(per_step)]))
+        seconds.append(time.perf_counter() - started)
+    answer(loss=losses, seconds=seconds)
+
+
+def bare_step(
+    net: RewardNet, optimizer: torch.optim.Optimizer, groups: Sequence[PreferenceGroup]
+) -> float:
+    total = 0.0
+    pairs = sum(group.pairs for group in groups)
+    costs = [group.tokens.tokens for group in groups]
+    for plan in share_packs(costs, 1, TOKENS_PER_MICRO_BATCH)[0]:
+        part = [groups[i] for i in plan]
+        pack = Pack.from_groups([group.tokens for group in part])
+        rewards = net(*pack_tensors(pack, torch.device("cpu")))
+        compared = collate_pairs(part, [1.0] * len(part), torch.device("cpu"))
+        loss = bradley_terry(rewards, compared, centering=0.0, label_smoothing=0.0) / pairs
+        loss.backward()
+        total += float(loss.detach())
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+def read_group(record: Figures) -> PreferenceGroup:
+    chosen, rejected = (np.array(record[key], dtype=np.int64) for key in ("chosen", "rejected"))
+    zeros = np.zeros(len(chosen), dtype=np.float32)
+    rows = [np.array(row, dtype=np.int32) for row in record["rows"]]
+    choice = np.arange(len(chosen), dtype=np.int64)
+    tokens = TokenGroup.from_rows(rows)
+    return PreferenceGroup(tokens, chosen, rejected, zeros, zeros + 1, choice, "", "")
+
+
+# Ray Train and ZeRO
+
+
+def bench_zero(start: Path, args: argparse.Namespace) -> Figures:
+    """The bare loop, one worker of Ray Train, two workers with ZeRO 1 to 3: one global batch."""
+    data = preferences(args.pairs, start, args.directory)
+    groups = alike(data, ranked=False)[: 16 * 4]
+    ours, _ = save_groups(groups, args.directory / "train-zero")
+    bare = [sys.executable, __file__, "--side", "train", start, ours, "16"]
+    variants = {
+        "one worker": (1, 0),
+        "ZeRO-1 x 2": (2, 1),
+        "ZeRO-2 x 2": (2, 2),
+        "ZeRO-3 x 2": (2, 3),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ("bare loop", *variants)}
+    for repeat in range(args.repeats):
+        if run := run_once(bare, args.directory / "bare.log"):
+            seconds["bare loop"] += run["seconds"][1:]
+        for name, (workers, stage) in variants.items():
+            command = [sys.executable, __file__, "--side", "fit", start, args.pairs or ""]
+            command += [
+                str(workers),
+                str(stage),
+                str(args.directory / f"fit-{repeat}-{workers}-{stage}"),
+            ]
+            if run := run_once(command, args.directory / f"fit-{workers}-{stage}.log"):
+                seconds[name] += run["seconds"][1:]
+    figures: Figures = {
+        name: {"seconds_per_step": statistics.median(s), "seconds": s}
+        for name, s in seconds.items()
+        if s
+    }
+    base = figures["bare loop"]["seconds_per_step"]
+    print("\ntrain-zero: seconds of a step of 16 pairs")
+    for name, figure in figures.items():
+        figure["of_bare_loop"] = figure["seconds_per_step"] / base
+        print(
+            f"  {name:12}{figure['seconds_per_step']:8.2f}{figure['of_bare_loop']:8.2f} x bare loop"
+        )
+    return figures
+
+
+def side_fit(start: str, file: str, workers: str, stage: str, run: str) -> None:
+    """A run of Ray Train on 64 groups of one pair."""
+    shutil.rmtree(run, ignore_errors=True)
+    config = TrainConfig(
+        name="fit",
+        storage=run,
+        model={"path": start},
+        data={"train": file or str(Path(run).parent / "pairs.jsonl"), "max_length": 2048},
+        train={"groups_per_step": 16, "tokens_per_micro_batch": TOKENS_PER_MICRO_BATCH},
+        deepspeed={"zero_stage": int(stage)},
+        cluster={"workers": int(workers), "cpus_per_worker": (os.cpu_count() or 2) // int(workers)},
+    )
+    ray.init(num_cpus=os.cpu_count(), log_to_driver=False, logging_level=logging.ERROR)
+    result = fit(config)
+    answer(seconds=[step["seconds"] for step in result.history])
+
+
+# Serving
+
+
+def bench_serving(start: Path, args: argparse.Namespace) -> Figures:
+    """A step through RewardClient and one replica against the model in this process, in turns."""
+    command = [sys.executable, __file__, "--side", "serve", start, str(args.repeats)]
+    figures = run_once(command, args.directory / "serve.log")
+    if figures is None:
+        print("\nserve-path  failed: see serve.log")
+        return {}
+    medians = {key: statistics.median(values) for key, values in figures["served"].items()}
+    figures["share"] = medians["in process"] / medians["one replica"]
+    print(
+        f"\nserve-path  {figures['share']:.2f} of the rewards/s in process; chunks of 1024 rows of "
+        f"1000 ids to a stub {1000 * medians['stub']:.0f} ms, one call per row "
+        f"{medians['stub, one call per row'] / medians['stub']:.0f} x"
+    )
+    return figures
+
+
+def side_serve(start: str, repeats: str) -> None:
+    ray.init(num_cpus=os.cpu_count(), log_to_driver=False, logging_level=logging.ERROR)
+    cpus = os.cpu_count() or 1
+    torch.set_num_threads(cpus)
+    model = RewardModel.load(start, "cpu", "bfloat16", max_length=2048)
+    deploy(
+        ServeConfig(
+            export=start,
+            dtype="bfloat16",
+            max_length=2048,
+            cpus_per_replica=cpus,
+            hang_timeout_s=600,
+        )
+    )
+    step = grpo("serve-path", 8, 8, model.net.model.config.vocab_size)
+    responses = [row[len(p) :] for row, p in zip(step.rows, step.prompts, strict=True)]
+    client, made_by = RewardClient(), model.template.spec.fingerprint
+    served: dict[str, list[float]] = {"in process": [], "one replica": []}
+    for scorer in (model, client):
+        scorer.score(step.prompts[:8], responses[:8], tokenizer=made_by)
+    for _ in range(int(repeats)):
+        for scorer, name in ((model, "in process"), (client, "one replica")):
+            started = time.perf_counter()
+            rewards = scorer.score(step.prompts, responses, tokenizer=made_by)
+            served[name].append(time.perf_counter() - started)
+            assert np.isfinite(rewards.values).all()
+    serve.shutdown()
+    served |= stub_seconds(int(repeats))
+    answer(served=served)
+
+
+class Stub:
+    """A replica whose model takes no time."""
+
+    async def score(self, chunk: Chunk) -> Rewards:
+        n = len(chunk.rows())
+        none = np.zeros(n, dtype=bool)
+        return Rewards(np.zeros(n, dtype=np.float32), [None] * n, none, none, ["stub"] * n)
+
+
+def stub_seconds(repeats: int) -> dict[str, list[float]]:
+    """1024 rows of 1000 ids to a replica whose model answers at once: what the way there costs."""
+    stub: Any = serve.deployment(name=REPLICA, max_ongoing_requests=10_000)(Stub)
+    serve.run(stub.bind(), name="stub", route_prefix=None)
+    client = RewardClient("stub")
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 49152, 800).astype(np.int32) for _ in range(1024)]
+    responses = [rng.integers(0, 49152, 200).astype(np.int32) for _ in range(1024)]
+    handle = serve.get_app_handle("stub")
+    client.score(prompts[:8], responses[:8], tokenizer="stub")
+    seconds: dict[str, list[float]] = {"stub": [], "stub, one call per row": []}
+    for _ in range(max(3, repeats)):
+        started = time.perf_counter()
+        client.score(prompts, responses, tokenizer="stub")
+        seconds["stub"].append(time.perf_counter() - started)
+        started = time.perf_counter()
+        calls = [
+            handle.score.remote(single_row(p, r)) for p, r in zip(prompts, responses, strict=True)
+        ]
+        for call in calls:
+            call.result()
+        seconds["stub, one call per row"].append(time.perf_counter() - started)
+    ray.shutdown()
+    return seconds
+
+
+def single_row(prompt: Any, response: Any) -> Chunk:
+    keys = ChunkStep([Row(prompt, response)]).cut(1)
+    return to_chunk(keys[0], "stub")
+
+
+# What all sides and workloads share
+
+
+def answer(**figures: Any) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps(figures | {"peak_bytes": peak}), flush=True)
+
+
+def write_start(base: str, directory: Path) -> Path:
+    """The model of every side: the base with a new head, in fp32; sides round it to bf16."""
+    start = directory / "start"
+    model, tokenizer, _ = load_base(base)
+    save_weights(model, model.state_dict(), start, torch.float32)
+    tokenizer.save_pretrained(start)
+    return start.resolve()
+
+
+def show(name: str, figures: Figures) -> None:
+    print(
+        f"\n{name:20}{'ratio':>8}{figures['unit'] + '/s':>12}{'of ceiling':>12}{'agree':>9}"
+        f"{'peak GB':>9}"
+    )
+    for side in ("rayrm", "vllm", "padded") if figures["unit"] == "rewards" else ("rayrm", "trl"):
+        if side not in figures["sides"]:
+            print(f"  {side:18}{'absent':>8}")
+            continue
+        f = figures["sides"][side]
+        ratio = "differs" if f["ratio"] is None else f"{f['ratio']:.2f} x"
+        print(
+            f"  {side:18}{ratio:>8}{f['per_second']:>12.2f}{f['of_ceiling']:>12.2f}"
+            f"{f['agreement']:>9.4f}{f['peak_bytes'] / 2**30:>9.2f}",
+            flush=True,
+        )
+
+
+def plot(workloads: Figures, file: Path) -> None:
+    bars = [
+        (name, side, f["sides"][side]["ratio"])
+        for name, f in workloads.items()
+        for side in f.get("sides", {})
+        if side != "rayrm" and f["sides"][side]["ratio"]
+    ]
+    if not bars:
+        return
+    figure = Figure(figsize=(8, 0.5 + 0.4 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    labels = [f"{name} against {side}" for name, side, _ in bars]
+    drawn = axes.barh(labels, [ratio for *_, ratio in bars], color="#4878a8")
+    axes.bar_label(drawn, fmt="%.2f x", padding=3)
+    axes.axvline(1, color="#444444", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xlabel("times as fast as the peer, in the same run")
+    figure.savefig(file, dpi=120)
+
+
+TRAINING = {"train-pairs": 16, "train-ranked": 1}
+WORKLOADS = [*STEPS, *TRAINING, "train-zero", "serve-path"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=", ".join(WORKLOADS))
+    parser.add_argument("--model", default=BASE, help="the base of all sides")
+    parser.add_argument("--pairs", help="preferences for train-pairs and train-zero")
+    parser.add_argument("--ranked", help="rankings for train-ranked")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--directory", type=Path, default=Path("runs/bench"))
+    args = parser.parse_args()
+    if unknown := set(args.workloads) - set(WORKLOADS):
+        parser.error(f"no workload {', '.join(sorted(unknown))}: {', '.join(WORKLOADS)}")
+    names = args.workloads or WORKLOADS
+    args.directory.mkdir(parents=True, exist_ok=True)
+    start = write_start(args.model, args.directory)
+    workloads: Figures = {}
+    if scoring := [name for name in names if name in STEPS]:
+        workloads |= bench_scoring(scoring, start, args)
+    for name in set(names) & TRAINING.keys():
+        file = args.ranked if name == "train-ranked" else args.pairs
+        workloads[name] = bench_training(name, file, TRAINING[name], start, args)
+    if "train-zero" in names:
+        workloads["train-zero"] = bench_zero(start, args)
+    if "serve-path" in names:
+        workloads["serve-path"] = bench_serving(start, args)
+    result = {"machine": platform.processor(), "cores": os.cpu_count(), "workloads": workloads}
+    (args.directory / "figures.json").write_text(json.dumps(result, indent=2))
+    plot(workloads, args.directory / "bench.png")
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    if sys.argv[1:2] == ["--side"]:
+        sides = {"score": side_score, "train": side_train, "fit": side_fit, "serve": side_serve}
+        sides[sys.argv[2]](*sys.argv[3:])  # type: ignore[operator]
+    else:
+        main()
