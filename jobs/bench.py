@@ -339,7 +339,7 @@ def preferences(file: str | None, start: Path, directory: Path) -> PreferenceDat
         generated.write_text("".join(json.dumps(record) + "\n" for record in records))
         file = str(generated)
     config = TrainConfig(
-        model={"path": str(start)}, data={"train": file, "max_length": 2048}, storage="unused"
+        name="bench", model={"path": str(start)}, data={"train": file, "max_length": 2048}
     )
     _, template = load_model(config)
     groups, _ = read_groups(file)
