@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import cast
 
 import numpy as np
@@ -23,9 +24,9 @@ from rayrm.template import Row, Tokens, check_row, is_ids
 
 BYTES_PER_TOKEN = 4
 
-# A replica merges what it is sent into full packs, so a chunk need not fill one. Small chunks even
-# out what replicas finish; below about 2048 tokens a call starts to cost as much as its forward.
-CHUNK_TOKENS = (2048, 4096)
+# A replica merges what it is sent into full packs, so a chunk need not fill one. Below about 2048
+# tokens a call starts to cost as much as its forward; a chunk that a replica drops is sent again.
+CHUNK_TOKENS = (2048, 131072)
 
 # For every replica: enough that none waits for the last one, and that a pack is there to be
 # computed while the next is on its way.
@@ -47,7 +48,7 @@ def to_payload(value: Text | Tokens) -> Payload:
     if not is_ids(value):
         return JSON, json.dumps(value).encode()
     ids = np.asarray(value)
-    if len(ids) and (ids.min() < -(2**31) or ids.max() >= 2**31):
+    if ids.dtype != np.int32 and len(ids) and (ids.min() < -(2**31) or ids.max() >= 2**31):
         return JSON, json.dumps([int(i) for i in cast(Tokens, value)]).encode()
     return IDS, ids.astype(np.int32).tobytes()
 
@@ -77,7 +78,8 @@ class Column:
         )
 
     def unpack(self) -> list[Text | Tokens]:
-        parts = np.split(self.data, self.ends[:-1])
+        bounds = pairwise([0, *self.ends.tolist()])
+        parts = (self.data[start:end] for start, end in bounds)
         return [from_payload(kind, part) for kind, part in zip(self.kinds, parts, strict=True)]
 
 
