@@ -279,6 +279,7 @@ def bench_training(
         if pairs[0] % b == 0
     }
     fastest: int | None = None
+    tried: dict[int, Figures | None] = {}
     if PYTHON["trl"].exists():
         tried = {
             b: run_once([*trl, *words, "--max-steps", 2], args.directory / f"{name}-trl-{b}.log")
@@ -296,6 +297,10 @@ def bench_training(
     tokens = sum(group.tokens.tokens for group in groups[per_step:])
     figures = training_figures(runs, pairs, matrix_products(start, tokens, passes=3))
     figures |= {"fingerprint": data.fingerprint, "micro_batch_of_trl": fastest}
+    figures["trl_by_micro_batch"] = {
+        b: t and {"seconds": t["seconds"][-1], "peak_bytes": t["peak_bytes"]}
+        for b, t in tried.items()
+    }
     show(name, figures)
     return figures
 
