@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from rayrm.decoder import FAMILIES
-from rayrm.model import RewardNet
+from rayrm.model import RewardNet, pack_tensors
+from rayrm.packing import Pack
 from tests import tiny
 from tests.tiny import random_groups, scored, tiny_model
 
@@ -72,6 +73,15 @@ def test_in_bf16_rewards_are_nearer_to_fp32_than_those_of_transformers_layers() 
     ours = (scored(fused, [GROUPS]) - expected).square().mean()
     theirs = (scored(plain, [GROUPS]) - expected).square().mean()
     assert 0 < ours < theirs
+
+
+@torch.no_grad()
+def test_between_layers_nothing_is_rounded_to_bf16() -> None:
+    _, fused = plain_and_fused("llama", torch.bfloat16)
+    assert fused.decoder is not None
+    read = fused.decoder(*pack_tensors(Pack.from_groups(GROUPS), torch.device("cpu")))
+    assert read.dtype == torch.float32
+    assert not torch.equal(read, read.bfloat16().float())
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -110,6 +111,8 @@ def test_packs_scored_at_once_get_the_rewards_of_packs_one_after_the_other(
     try:
         at_once = model.score_groups(groups)
         assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == 3
     finally:
         torch.set_num_threads(1)
     for ours, expected in zip(at_once, one_by_one, strict=True):
