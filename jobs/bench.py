@@ -268,7 +268,7 @@ def bench_training(
 ) -> Figures:
     """Optimizer steps of per_step groups, ours each prompt once, TRL on the same pairs padded."""
     steps = 3
-    data = preferences(file, start, args.directory)
+    data = preferences(file, name == "train-ranked", start, args.directory)
     groups = alike(data, ranked=name == "train-ranked")[: steps * per_step]
     ours, theirs = save_groups(groups, args.directory / name)
     pairs = [sum(g.pairs for g in groups[i * per_step : (i + 1) * per_step]) for i in range(steps)]
@@ -336,10 +336,13 @@ def training_figures(runs: dict[str, list[Figures]], pairs: list[int], ceiling: 
     return {"unit": "pairs", "pairs_per_step": pairs[0], "sides": sides}
 
 
-def preferences(file: str | None, start: Path, directory: Path) -> PreferenceData:
-    """Groups of ids from a file of preferences, by default the generated ones."""
+def preferences(file: str | None, ranked: bool, start: Path, directory: Path) -> PreferenceData:
+    """Groups of ids from a file of preferences, by default generated: a pair or all of a prompt."""
     if file is None:
         records, _ = generate(0, 200, 0)
+        if not ranked:
+            first = {record["prompt"][0]["content"]: record for record in reversed(records)}
+            records = list(first.values())
         generated = directory / "pairs.jsonl"
         generated.write_text("".join(json.dumps(record) + "\n" for record in records))
         file = str(generated)
@@ -427,7 +430,7 @@ def read_group(record: Figures) -> PreferenceGroup:
 
 def bench_zero(start: Path, args: argparse.Namespace) -> Figures:
     """The bare loop, one worker of Ray Train, two workers with ZeRO 1 to 3: one global batch."""
-    data = preferences(args.pairs, start, args.directory)
+    data = preferences(args.pairs, False, start, args.directory)
     groups = alike(data, ranked=False)[: 16 * 4]
     ours, _ = save_groups(groups, args.directory / "train-zero")
     bare = [sys.executable, __file__, "--side", "train", start, ours, "16"]

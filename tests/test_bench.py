@@ -69,12 +69,15 @@ def test_a_peer_without_its_environment_is_absent_and_the_others_are_measured(
         "-c",
         "import sys; from pathlib import Path; from jobs import bench\n"
         f"bench.PYTHON = {{peer: Path({str(tmp_path / 'none')!r}) for peer in bench.PYTHON}}\n"
-        f"sys.argv = ['bench', 'score-single-64', 'train-pairs', '--model', {str(base)!r},\n"
-        f"            '--repeats', '1', '--directory', {str(tmp_path / 'bench')!r}]\n"
+        "sys.argv = ['bench', 'score-single-64', 'train-pairs', 'train-ranked', '--repeats', '1',\n"
+        f"            '--model', {str(base)!r}, '--directory', {str(tmp_path / 'bench')!r}]\n"
         "bench.main()",
     )
     assert result.returncode == 0, result.stderr
     figures = json.loads((tmp_path / "bench" / "figures.json").read_text())["workloads"]
     assert set(figures["score-single-64"]["sides"]) == {"rayrm", "padded"}
     assert set(figures["train-pairs"]["sides"]) == {"rayrm"}
+    assert figures["train-pairs"]["pairs_per_step"] == 16
+    assert set(figures["train-ranked"]["sides"]) == {"rayrm"}
+    assert figures["train-ranked"]["pairs_per_step"] > 1
     assert "absent" in result.stdout
