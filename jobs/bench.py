@@ -48,6 +48,7 @@ from rayrm.model import RewardNet, load_base, pack_tensors, save_weights
 from rayrm.packing import Pack, TokenGroup, share_packs
 from rayrm.sample import generate
 from rayrm.template import Row
+from rayrm.train import KEEP_FREED_MEMORY
 
 HERE = Path(__file__).parent
 BASE = "SmolLM2-135M-Instruct"
@@ -56,7 +57,8 @@ PYTHON = {peer: HERE.parent / f".venv-{peer}" / "bin" / "python" for peer in ("t
 AGREE = 0.99
 # Of the loss before any update: bf16 moves a mean over 6 to 16 pairs by about 0.01.
 SAME_LOSS = 0.03
-TOKENS_PER_MICRO_BATCH = 2048
+TOKENS_PER_MICRO_BATCH = 4096
+TOKENS_OF_CEILING = 2048
 
 Ids = list[int]
 Figures = dict[str, Any]
@@ -234,7 +236,7 @@ def matrix_products(model: Path, tokens: int, passes: int) -> float:
     shapes = [(width, heads + 2 * keys), (heads, width), (width, 2 * inner), (inner, width)]
     torch.set_num_threads(os.cpu_count() or 1)
     weights = [torch.randn(o, i).bfloat16() for i, o in shapes]
-    inputs = [torch.randn(TOKENS_PER_MICRO_BATCH, i).bfloat16() for i, _ in shapes]
+    inputs = [torch.randn(TOKENS_OF_CEILING, i).bfloat16() for i, _ in shapes]
 
     def layer() -> float:
         started = time.perf_counter()
@@ -244,7 +246,7 @@ def matrix_products(model: Path, tokens: int, passes: int) -> float:
 
     layer()
     seconds = statistics.median(layer() for _ in range(15))
-    return seconds * c.num_hidden_layers * tokens / TOKENS_PER_MICRO_BATCH * passes
+    return seconds * c.num_hidden_layers * tokens / TOKENS_OF_CEILING * passes
 
 
 def side_score(model: str) -> None:
@@ -368,8 +370,14 @@ def save_groups(groups: Sequence[PreferenceGroup], path: Path) -> tuple[Path, Pa
 
 
 def run_once(command: Sequence[object], log: Path) -> Figures | None:
-    """What a program prints in its last line; None where it fails."""
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    """What a program prints in its last line; None where it fails.
+
+    Run as a worker of a training run is, to the peer's advantage too.
+    """
+    environment = os.environ | {
+        "PYTHONPATH": str(HERE.parent),
+        "GLIBC_TUNABLES": KEEP_FREED_MEMORY,
+    }
     with log.open("w") as errors:
         run = subprocess.run(
             list(map(str, command)),

@@ -24,7 +24,7 @@ from rayrm.errors import ConfigError, InvalidTokenIds, NonFiniteReward, RowError
 from rayrm.export import Export
 from rayrm.foreign import open_model
 from rayrm.model import DTYPES, RewardNet, check_max_length, load_weights
-from rayrm.packing import Ids, Pack, TokenGroup, plan_packs, split_group
+from rayrm.packing import Ids, Pack, TokenGroup, plan_packs, share_packs, split_group
 from rayrm.template import Overlong, Row, Template, Tokens, fingerprint, is_ids, prompt_key
 
 Texts = Sequence[Text | Tokens]
@@ -191,7 +191,8 @@ class RewardModel:
         ]
         values = [np.empty(len(group.suffixes), dtype=np.float32) for group in groups]
         on_cpu = self.net.model.device.type == "cpu"
-        plans = plan_packs([p.tokens for p in pieces], min(budget, CPU_PACK) if on_cpu else budget)
+        costs = [piece.tokens for piece in pieces]
+        plans = plan_for_threads(costs, budget) if on_cpu else plan_packs(costs, budget)
         scored = self._score_packs([[pieces[p] for p in plan] for plan in plans], on_cpu)
         scored = tqdm(scored, "scoring", len(plans), unit="pack", disable=not progress)
         for plan, rewards in zip(plans, scored, strict=True):
@@ -248,6 +249,12 @@ class RewardModel:
             f"the ids' tokenizer has fingerprint {made_by[:12]}…, the reward model's is "
             f"{expected[:12]}…: decode them and send text"
         )
+
+
+def plan_for_threads(costs: Sequence[int], budget: int) -> list[list[int]]:
+    """As plan_packs, in small packs of about equal cost, so that no thread waits for another."""
+    shares = share_packs(costs, torch.get_num_threads(), min(budget, CPU_PACK))
+    return [pack for turn in zip(*shares, strict=True) for pack in turn if pack]
 
 
 def make_rows(

@@ -42,6 +42,10 @@ Compute = Callable[[Sequence[TokenGroup]], Sequence[Values]]
 # Serve's default of 5 would leave a replica nothing to merge; its own queue counts tokens instead.
 MAX_ONGOING_REQUESTS = 1024
 
+# The chunks of a step arrive within milliseconds of each other. An idle replica that began with the
+# first would compute it on one thread, or in a small pack, while the others wait.
+GATHER_S = 0.01
+
 # What a Serve config has its own keys for.
 ELSEWHERE = {
     "app": "the application's name",
@@ -295,6 +299,7 @@ class TokenQueue:
     async def _drain(self) -> None:
         """Compute until nothing waits."""
         loop = asyncio.get_running_loop()
+        await asyncio.sleep(GATHER_S)
         while self._waiting:
             pack = self._next_pack()
             self._pack_since = time.monotonic(), math.ceil(_tokens(pack) / self.tokens_per_pack)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rayrm.engine import RewardModel, make_rows
+from rayrm.engine import RewardModel, make_rows, plan_for_threads
 from rayrm.errors import (
     ConfigError,
     DataError,
@@ -99,6 +99,18 @@ def test_a_group_larger_than_the_budget_is_split_and_scored_the_same(tiny_export
         assert close(cut.score(prompts, responses).values, expected.values)
         counts.append(cut.forwards)
     assert counts[0] == len(prompts) > counts[1] > counts[2] > 1
+
+
+def test_no_thread_waits_for_another_with_more_to_do() -> None:
+    costs = [600] * 12
+    torch.set_num_threads(3)
+    try:
+        packs = plan_for_threads(costs, 8192)
+    finally:
+        torch.set_num_threads(1)
+    assert [len(pack) for pack in packs] == [2] * 6
+    assert sorted(i for pack in packs for i in pack) == list(range(12))
+    assert plan_for_threads([], 8192) == []
 
 
 def test_packs_scored_at_once_get_the_rewards_of_packs_one_after_the_other(

@@ -34,7 +34,7 @@ from rayrm.errors import (
     ServiceError,
 )
 from rayrm.packing import TokenGroup
-from rayrm.serve import Replica, TokenQueue, Values, deploy
+from rayrm.serve import GATHER_S, Replica, TokenQueue, Values, deploy
 from rayrm.template import fingerprint
 from tests.conftest import tiny_tokenizer
 
@@ -361,8 +361,24 @@ def groups(model: RewardModel, n: int, tokens: int = 20) -> list[TokenGroup]:
 
 
 async def _settle() -> None:
+    await asyncio.sleep(2 * GATHER_S)
     for _ in range(10):
         await asyncio.sleep(0)
+
+
+def test_chunks_that_arrive_one_after_the_other_are_one_pack(local: RewardModel) -> None:
+    async def run() -> None:
+        gate = Gate(local)
+        queue = TokenQueue(gate, tokens_per_pack=100, max_tokens=1000)
+        calls = []
+        for _ in range(4):
+            calls.append(asyncio.create_task(queue.score(groups(local, 1))))
+            await asyncio.sleep(GATHER_S / 8)
+        gate.open.release()
+        await asyncio.gather(*calls)
+        assert gate.packs == [4]
+
+    asyncio.run(asyncio.wait_for(run(), timeout=20))
 
 
 def test_a_full_queue_holds_callers_back(local: RewardModel) -> None:
