@@ -493,6 +493,55 @@ def side_fit(start: str, file: str, workers: str, stage: str, run: str) -> None:
     answer(seconds=[step["seconds"] for step in result.history])
 
 
+# Strict mode
+
+
+def bench_strict(start: Path, args: argparse.Namespace) -> Figures:
+    """What deterministic costs on the rows of score-grpo-16x8, and what it keeps, in turns."""
+    command = [sys.executable, __file__, "--side", "strict", start, str(args.repeats)]
+    figures = run_once(command, args.directory / "strict.log")
+    if figures is None:
+        print("\nstrict  failed: see strict.log")
+        return {}
+    loose, strict = (statistics.median(figures["seconds"][m]) for m in ("loose", "strict"))
+    figures["ratio"] = strict / loose
+    print(
+        f"\nstrict  {figures['ratio']:.2f} x the seconds with deterministic ({strict:.1f} against "
+        f"{loose:.1f}); in another order {figures['moved']['strict']} of {figures['rows']} rewards "
+        f"have other bits, without it {figures['moved']['loose']}",
+        flush=True,
+    )
+    return figures
+
+
+def side_strict(start: str, repeats: str) -> None:
+    """The same rows in an order of its own each time, with and without deterministic."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    models = {
+        name: RewardModel.load(start, "cpu", "bfloat16", max_length=2048, deterministic=mode)
+        for name, mode in (("loose", False), ("strict", True))
+    }
+    config = models["strict"].net.model.config
+    step = STEPS["score-grpo-16x8"](config.vocab_size)
+    made_by = models["strict"].template.spec.fingerprint
+    responses = [row[len(p) :] for row, p in zip(step.rows, step.prompts, strict=True)]
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    values: dict[str, list[Any]] = {name: [] for name in models}
+    for model in models.values():
+        model.score(step.prompts[:8], responses[:8], tokenizer=made_by)
+    rng = np.random.default_rng(0)
+    for _ in range(max(2, int(repeats))):
+        order = rng.permutation(len(responses))
+        prompts, shuffled = [step.prompts[i] for i in order], [responses[i] for i in order]
+        for name, model in models.items():
+            started = time.perf_counter()
+            rewards = model.score(prompts, shuffled, tokenizer=made_by)
+            seconds[name].append(time.perf_counter() - started)
+            values[name].append(rewards.values[order.argsort()])
+    moved = {name: int((np.ptp(found, axis=0) > 0).sum()) for name, found in values.items()}
+    answer(seconds=seconds, rows=len(responses), moved=moved)
+
+
 # Serving
 
 
@@ -640,7 +689,7 @@ def plot(workloads: Figures, file: Path) -> None:
 
 
 TRAINING = {"train-pairs": 16, "train-ranked": 1}
-WORKLOADS = [*STEPS, *TRAINING, "train-zero", "serve-path"]
+WORKLOADS = [*STEPS, *TRAINING, "train-zero", "strict", "serve-path"]
 
 
 def main() -> None:
@@ -665,6 +714,8 @@ def main() -> None:
         workloads[name] = bench_training(name, file, TRAINING[name], start, args)
     if "train-zero" in names:
         workloads["train-zero"] = bench_zero(start, args)
+    if "strict" in names:
+        workloads["strict"] = bench_strict(start, args)
     if "serve-path" in names:
         workloads["serve-path"] = bench_serving(start, args)
     result = {"machine": platform.processor(), "cores": os.cpu_count(), "workloads": workloads}
@@ -675,7 +726,13 @@ def main() -> None:
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     if sys.argv[1:2] == ["--side"]:
-        sides = {"score": side_score, "train": side_train, "fit": side_fit, "serve": side_serve}
+        sides = {
+            "score": side_score,
+            "train": side_train,
+            "fit": side_fit,
+            "strict": side_strict,
+            "serve": side_serve,
+        }
         sides[sys.argv[2]](*sys.argv[3:])  # type: ignore[operator]
     else:
         main()

@@ -282,6 +282,10 @@ class ServeConfig(Config):
     """An over-long row gets a typed error, or its prompt's left is cut and the result says so."""
     tokens_per_pack: int = Field(8192, ge=8)
     """Token budget of one forward."""
+    deterministic: bool = False
+    """A row's reward is the same bit for bit whatever rows are beside it, in whatever order, and
+    whichever replica scores it, given the same hardware and versions: every row is computed by
+    itself, on CPU on one thread. Costs the sharing of prompts and the filling of packs."""
     max_queue_tokens: int = Field(1_000_000, ge=8)
     """Tokens a replica lets wait before callers have to hold back."""
     hang_timeout_s: float = Field(300.0, gt=0)

@@ -272,6 +272,7 @@ class Parts:
             "dtype": config.dtype,
             "max_length": config.max_length,
             "overlong": config.overlong,
+            "deterministic": config.deterministic,
         }
         self.directory.mkdir(parents=True, exist_ok=True)
         record = self.directory / "run.json"
@@ -280,7 +281,9 @@ class Parts:
                 file.write(json.dumps(run, indent=2).encode())
             return
         before = json.loads(record.read_bytes())
-        differences = [f"{k} {before[k]}, now {run[k]}" for k in run if before[k] != run[k]]
+        differences = [
+            f"{k} {before.get(k)}, now {v}" for k, v in run.items() if before.get(k) != v
+        ]
         if differences:
             raise DataError(
                 f"{self.directory.resolve()} holds another run ({'; '.join(differences)}): finish "

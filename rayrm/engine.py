@@ -71,7 +71,10 @@ class Encoded:
 class RewardModel:
     """A reward model, loaded to score; version names its weights and how rows are built.
 
-    export is its record, None where it was put together in this process.
+    export is its record, None where it was put together in this process. deterministic: a row's
+    reward is a function of its ids alone, bit for bit, on the same hardware, versions and settings
+    of torch. Whatever else a kernel's sums could depend on is fixed: every row is a pack of its
+    own, which shares nothing, and on CPU it is computed on one thread.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class RewardModel:
         export: Export | None = None,
         overlong: Overlong = "error",
         tokens_per_pack: int = 8192,
+        deterministic: bool = False,
     ) -> None:
         self.net = net.for_scoring()
         self.template = template
@@ -89,6 +93,7 @@ class RewardModel:
         self.version = export.version if export else ""
         self.overlong: Overlong = overlong
         self.tokens_per_pack = tokens_per_pack
+        self.deterministic = deterministic
         self.forwards = 0
 
     @classmethod
@@ -101,6 +106,7 @@ class RewardModel:
         max_length: int | None = None,
         overlong: Overlong = "error",
         tokens_per_pack: int = 8192,
+        deterministic: bool = False,
     ) -> RewardModel:
         """Load an export. auto: a GPU where there is one; the dtype it was exported in.
 
@@ -126,6 +132,7 @@ class RewardModel:
             export=export,
             overlong=overlong,
             tokens_per_pack=tokens_per_pack,
+            deterministic=deterministic,
         )
 
     def score(
@@ -136,12 +143,13 @@ class RewardModel:
         finished: Sequence[bool] | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
     ) -> Rewards:
-        """Rewards of N responses, each to the prompt at its place; equal prompts are computed once.
+        """Rewards of N responses, each to the prompt at its place.
 
-        A row is text, messages, or token ids, which are scored exactly as given. finished: False
-        where the sampler cut the response off. tokenizer: what made the ids, or its fingerprint;
-        another tokenizer's ids are errors. A bad row gets its RowError and NaN, the others are
-        scored. Raises ValueError where the lists differ in length.
+        Equal prompts are computed once, unless the model is deterministic. A row is text,
+        messages, or token ids, which are scored exactly as given. finished: False where the sampler
+        cut the response off. tokenizer: what made the ids, or its fingerprint; another tokenizer's
+        ids are errors. A bad row gets its RowError and NaN, the others are scored. Raises
+        ValueError where the lists differ in length.
         """
         rows = make_rows(prompts, responses, finished)
         warn_unnamed_ids(rows, tokenizer)
@@ -169,7 +177,8 @@ class RewardModel:
                 continue
             ids[i] = result
             # A cut row starts elsewhere: beside uncut ones it would leave them nothing to share.
-            families.setdefault((prompt_key(row.prompt), bool(truncated[i])), []).append(i)
+            family = i if self.deterministic else (prompt_key(row.prompt), bool(truncated[i]))
+            families.setdefault(family, []).append(i)
         owners = list(families.values())
         return Encoded(
             [TokenGroup.from_rows([ids[i] for i in family]) for family in owners],
@@ -184,16 +193,12 @@ class RewardModel:
         self, groups: Sequence[TokenGroup], *, progress: bool = False
     ) -> list[NDArray[np.float32]]:
         """Rewards of every group's responses, float32 [responses] each; with a bar if asked."""
-        budget = self.tokens_per_pack
+        budget = 0 if self.deterministic else self.tokens_per_pack
         parts = [(g, r) for g, group in enumerate(groups) for r in split_group(group, budget)]
-        pieces = [
-            TokenGroup(groups[g].prefix, groups[g].suffixes[r.start : r.stop]) for g, r in parts
-        ]
+        pieces = [groups[g].part(r) for g, r in parts]
         values = [np.empty(len(group.suffixes), dtype=np.float32) for group in groups]
-        on_cpu = self.net.model.device.type == "cpu"
-        costs = [piece.tokens for piece in pieces]
-        plans = plan_for_threads(costs, budget) if on_cpu else plan_packs(costs, budget)
-        scored = self._score_packs([[pieces[p] for p in plan] for plan in plans], on_cpu)
+        plans = self._plan([piece.tokens for piece in pieces])
+        scored = self._score_packs([[pieces[p] for p in plan] for plan in plans])
         scored = tqdm(scored, "scoring", len(plans), unit="pack", disable=not progress)
         for plan, rewards in zip(plans, scored, strict=True):
             for p in plan:
@@ -201,17 +206,24 @@ class RewardModel:
                 values[g][r.start : r.stop], rewards = rewards[:count], rewards[count:]
         return values
 
-    def _score_packs(
-        self, packs: Sequence[Sequence[TokenGroup]], on_cpu: bool
-    ) -> Iterator[NDArray[np.float32]]:
+    def _plan(self, costs: Sequence[int]) -> list[list[int]]:
+        """Indices of pieces for each pack."""
+        if self.deterministic:  # the costliest first, so that no thread ends long after the others
+            return [[p] for p in sorted(range(len(costs)), key=lambda p: -costs[p])]
+        if self._on_cpu:
+            return plan_for_threads(costs, self.tokens_per_pack)
+        return plan_packs(costs, self.tokens_per_pack)
+
+    def _score_packs(self, packs: Sequence[Sequence[TokenGroup]]) -> Iterator[NDArray[np.float32]]:
         """Rewards of every pack in order; on CPU as many at once as there are threads."""
         self.forwards += len(packs)
         threads = torch.get_num_threads()
-        workers = min(threads, len(packs)) if on_cpu else 1
-        if workers <= 1:
+        workers = min(threads, max(len(packs), 1)) if self._on_cpu else 1
+        # Some kernels cut their sums by the number of threads.
+        share = 1 if self.deterministic and self._on_cpu else threads // workers
+        if share == threads:
             yield from map(self._score_pack, packs)
             return
-        share = threads // workers
         with ThreadPoolExecutor(workers, "scoring", torch.set_num_threads, (share,)) as pool:
             yield from pool.map(self._score_pack, packs)
         torch.set_num_threads(threads)  # also what threads that come later begin with
@@ -236,6 +248,10 @@ class RewardModel:
             encoded.unfinished,
             [self.version] * len(errors),
         )
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.net.model.device.type == "cpu"
 
     def _mismatch(self, tokenizer: str | PreTrainedTokenizerBase | None) -> InvalidTokenIds | None:
         if tokenizer is None:

@@ -41,6 +41,13 @@ class TokenGroup:
         """The rows as they were before sharing."""
         return [np.concatenate([self.prefix, suffix]) for suffix in self.suffixes]
 
+    def part(self, suffixes: range) -> TokenGroup:
+        """The group of some of its rows; one alone has no prefix, as from_rows gives it."""
+        if len(suffixes) == 1:
+            suffix = self.suffixes[suffixes.start]
+            return TokenGroup(self.prefix[:0], (np.concatenate([self.prefix, suffix]),))
+        return TokenGroup(self.prefix, self.suffixes[suffixes.start : suffixes.stop])
+
 
 def common_prefix(rows: Sequence[Ids]) -> int:
     """Length of the longest common prefix of all rows, at most the shortest row less one token."""

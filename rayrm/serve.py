@@ -214,6 +214,7 @@ def load_replica(config: ServeConfig) -> RewardModel:
         max_length=config.max_length,
         overlong=config.overlong,
         tokens_per_pack=config.tokens_per_pack,
+        deterministic=config.deterministic,
     )
 
 

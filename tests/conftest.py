@@ -7,7 +7,7 @@ import os
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import ray
@@ -101,7 +101,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
     )
 
 
-def make_base(directory: Path, model_type: str = "llama") -> Path:
+def make_base(directory: Path, model_type: str = "llama", **changes: Any) -> Path:
     """A tiny random causal language model with the tiny tokenizer, as transformers saves it."""
     tokenizer = tiny_tokenizer()
     config = AutoConfig.for_model(
@@ -122,6 +122,7 @@ def make_base(directory: Path, model_type: str = "llama") -> Path:
     )
     if model_type == "opt":
         config.word_embed_proj_dim, config.ffn_dim = 32, 64
+    config.update(changes)
     torch.manual_seed(0)
     with quiet():
         AutoModelForCausalLM.from_config(config).save_pretrained(directory)
@@ -133,9 +134,10 @@ def make_export(
     directory: Path,
     model_type: str = "llama",
     dtype: Literal["bfloat16", "float32"] = "float32",
+    **changes: Any,
 ) -> Path:
-    """A tiny random reward model, exported; rows up to 256 tokens."""
-    base = make_base(directory / "base", model_type)
+    """A tiny random reward model, exported; rows up to 256 tokens. changes: to its config."""
+    base = make_base(directory / "base", model_type, **changes)
     model, tokenizer, made_by = load_base(str(base))
     export = directory / "export"
     export.mkdir()

@@ -69,7 +69,8 @@ def test_a_peer_without_its_environment_is_absent_and_the_others_are_measured(
         "-c",
         "import sys; from pathlib import Path; from jobs import bench\n"
         f"bench.PYTHON = {{peer: Path({str(tmp_path / 'none')!r}) for peer in bench.PYTHON}}\n"
-        "sys.argv = ['bench', 'score-single-64', 'train-pairs', 'train-ranked', '--repeats', '1',\n"
+        "sys.argv = ['bench', 'score-single-64', 'train-pairs', 'train-ranked', 'strict',\n"
+        "            '--repeats', '1',\n"
         f"            '--model', {str(base)!r}, '--directory', {str(tmp_path / 'bench')!r}]\n"
         "bench.main()",
     )
@@ -81,3 +82,5 @@ def test_a_peer_without_its_environment_is_absent_and_the_others_are_measured(
     assert set(figures["train-ranked"]["sides"]) == {"rayrm"}
     assert figures["train-ranked"]["pairs_per_step"] > 1
     assert "absent" in result.stdout
+    assert figures["strict"]["ratio"] > 0
+    assert figures["strict"]["moved"]["loose"] > figures["strict"]["moved"]["strict"] == 0

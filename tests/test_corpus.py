@@ -373,6 +373,8 @@ def test_parts_of_another_run_are_refused(
         score(source, target, max_length=64)
     with pytest.raises(DataError, match="dtype auto, now bfloat16"):
         score(source, target, dtype="bfloat16")
+    with pytest.raises(DataError, match="deterministic False, now True"):
+        score(source, target, deterministic=True)
     write(source, [*rows(39), {"id": 39, "prompt": "Another?", "response": "so."}])
     with pytest.raises(DataError, match=r"another run \(rows of IN "):
         score(source, target)
