@@ -181,6 +181,8 @@ def _fit_group(
     for i, result in enumerate(encoded):
         if isinstance(result, EmptyResponse):
             report.empty_responses += 1
+        elif isinstance(result, RowTooLong):
+            report.overlong_responses += 1
         elif isinstance(result, RowError):
             raise DataError(f"{group.source}: response {i + 1}: {result}")
         elif isinstance(template.fit(rows[i], result, overlong)[0], RowTooLong):

@@ -9,7 +9,10 @@ from __future__ import annotations
 import asyncio
 import hmac
 import os
+import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +23,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, FailFast, WithJsonSchema
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -43,6 +46,9 @@ HEALTH_SECONDS = 5.0
 
 # So many rows of a bad request are named: a message for each of thousands would help nobody.
 NAMED = 10
+
+# Characters of a field's name that are quoted where there is no such field.
+QUOTED = 200
 
 # Whatever it is, a row that is none of these gets its own error, and the others are scored.
 TextOrIds = Annotated[
@@ -80,7 +86,7 @@ class ScoreRow(Body):
 
 
 class ScoreRequest(Body):
-    rows: list[ScoreRow]
+    rows: Annotated[list[ScoreRow], FailFast()]
     tokenizer: str | None = None
     """Fingerprint (rayrm.fingerprint) of the tokenizer that made the ids; needed with ids."""
 
@@ -89,6 +95,19 @@ class Failure(Body):
     error: str
     """The name of a class of rayrm.errors."""
     message: str
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Failure, "description": why}
+    for status, why in {
+        400: "The body is not JSON.",
+        401: "The token is missing or wrong.",
+        413: "The body, or its number of rows, is above the limit.",
+        422: "The body is JSON, but not of this schema; /get_reward: or a row has no reward.",
+        429: "Too many rows are waiting: send again later.",
+        503: "No replica answered.",
+    }.items()
+}
 
 
 class ScoreResponse(Body):
@@ -109,10 +128,10 @@ class RewardRequest(BaseModel):
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
-    query: list[str]
+    query: Annotated[list[str], FailFast()]
     """Prompt and response, decoded with their special tokens: a response without its end of turn
     was cut off."""
-    prompts: list[str]
+    prompts: Annotated[list[str], FailFast()]
     """What each query begins with: rendered by this model's chat template, or plain text."""
 
 
@@ -137,7 +156,10 @@ class Endpoint:
         directory, export = open_model(config.export)
         self.config = config
         self.version = export.version
-        self.template = Template(AutoTokenizer.from_pretrained(directory), export.template)
+        longest = config.max_length or export.template.max_length
+        spec = replace(export.template, max_length=longest)
+        self.template = Template(AutoTokenizer.from_pretrained(directory), spec)
+        self._tokenizing = ThreadPoolExecutor(1, "tokenize")  # the loop stays free for /health
         self.client = RewardClient(serve.get_replica_context().app_name)
         self.replicas = replicas
         self.score_handle = to_score(replicas)
@@ -146,9 +168,9 @@ class Endpoint:
         token = read_token(self.config.http)
         app = FastAPI(title="rayrm", description=self.version, version=rayrm.__version__)
         asked = [Depends(HTTPBearer(auto_error=False))] if token else []  # for the docs only
-        app.post("/score", dependencies=asked)(self.score)
-        app.post("/get_reward", dependencies=asked)(self.get_reward)
-        app.get("/health")(self.health)
+        app.post("/score", dependencies=asked, responses=REFUSALS)(self.score)
+        app.post("/get_reward", dependencies=asked, responses=REFUSALS)(self.get_reward)
+        app.get("/health", responses={503: REFUSALS[503]})(self.health)
         app.add_exception_handler(StarletteHTTPException, _on_http_error)
         app.add_exception_handler(RequestValidationError, _on_invalid_request)
         app.add_exception_handler(ServiceError, _on_service_error)
@@ -179,7 +201,8 @@ class Endpoint:
             raise HTTPException(
                 422, f"{len(request.query)} queries, {len(request.prompts)} prompts: one for each"
             )
-        rows, errors = self._rows(request)
+        loop = asyncio.get_running_loop()
+        rows, errors = await loop.run_in_executor(self._tokenizing, self._rows, request)
         _refuse(errors)
         rewards = await self._score(rows, self.template.spec.fingerprint)
         _refuse({i: error for i, error in enumerate(rewards.errors) if error is not None})
@@ -199,7 +222,8 @@ class Endpoint:
             async with asyncio.timeout(HEALTH_SECONDS):
                 stats = await self.replicas.stats.remote()
         except (TimeoutError, RayError, RayServeException) as error:
-            raise ServiceError(f"no replica answers: {error!r}") from None
+            # Its text names processes, addresses and log files of the node: for whoever may ask.
+            raise ServiceError(f"no replica answers: {type(error).__name__}") from None
         return Health(version=stats["version"])
 
     def _check_count(self, rows: int) -> None:
@@ -243,7 +267,10 @@ class Door:
         if not self._knows(headers.get("authorization", "")):
             refusal = _answer(401, "send the header Authorization: Bearer TOKEN", UNASKED)
             return await refusal(scope, receive, send)
-        if int(headers.get("content-length", 0)) > self.max_bytes:
+        length = headers.get("content-length", "0")
+        if not re.fullmatch("[0-9]{1,18}", length):
+            return await _answer(400, "Content-Length is no number", CLOSE)(scope, receive, send)
+        if int(length) > self.max_bytes:
             return await _answer(413, self._limit, CLOSE)(scope, receive, send)
         received = 0
 
@@ -260,7 +287,8 @@ class Door:
     def _knows(self, authorization: str) -> bool:
         if self.token is None:
             return True
-        return hmac.compare_digest(authorization.encode(), b"Bearer " + self.token)
+        # Headers are bytes, which Starlette shows as latin-1; the token is utf-8.
+        return hmac.compare_digest(authorization.encode("latin-1"), b"Bearer " + self.token)
 
     @property
     def _limit(self) -> str:
@@ -301,8 +329,13 @@ async def _on_http_error(_: Request, error: Exception) -> JSONResponse:
 async def _on_invalid_request(_: Request, error: Exception) -> JSONResponse:
     # Without the input, which FastAPI would send back: it can be large, or no JSON at all.
     assert isinstance(error, RequestValidationError)
-    problems = [f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in error.errors()]
+    problems = [f"{_where(e['loc'])}: {e['msg']}" for e in error.errors()]
     return _answer(422, "; ".join(problems[:NAMED]))
+
+
+def _where(loc: tuple[int | str, ...]) -> str:
+    """The place in a request, whose own names for fields can be long."""
+    return ".".join(str(part)[:QUOTED] for part in loc[1:])
 
 
 async def _on_service_error(_: Request, error: Exception) -> JSONResponse:

@@ -262,7 +262,7 @@ class RewardModel:
         if made_by == expected or made_by == fingerprint(self.template.tokenizer):
             return None
         return InvalidTokenIds(
-            f"the ids' tokenizer has fingerprint {made_by[:12]}…, the reward model's is "
+            f"the ids' tokenizer has fingerprint {made_by[:12]!r}…, the reward model's is "
             f"{expected[:12]}…: decode them and send text"
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,9 @@ from rayrm.packing import Ids, common_prefix
 
 Tokens = Sequence[int] | NDArray[np.integer]
 Overlong = Literal["error", "truncate"]
+
+# Characters that a normalizer makes one of, at most: NFC composes up to four.
+COMPOSED = 4
 
 # Stands for a prompt where only what a template writes behind it is wanted.
 _MARK = "PROMPT"
@@ -75,7 +79,12 @@ class Template:
     spec: TemplateSpec
 
     def encode(self, rows: Sequence[Row]) -> list[Ids | RowError]:
-        """Ids of each row at full length, int32 [tokens], or the error of that row."""
+        """Ids of each row at full length, int32 [tokens], or the error of that row.
+
+        Text of more than most_characters is RowTooLong untokenised, since that takes time without
+        bound. It cannot lose the left of its prompt either: how a tail's ids stand in the whole,
+        only the ids of the whole tell.
+        """
         composed = [self._compose(row) for row in rows]
         texts = [text for parts in composed if isinstance(parts, list) for text in parts]
         ids = iter(self._tokenize(texts))
@@ -115,8 +124,8 @@ class Template:
             assert _is_messages(row.response)
             first, *rest = row.response
             other = [{**first, "content": _other_text(first["content"])}, *rest]
-        (ids_of_other,) = self.encode([row._replace(response=other)])
-        assert not isinstance(ids_of_other, RowError)
+        row = row._replace(response=other)
+        ids_of_other = self._join(row, self._tokenize(self._texts(row)))
         return len(ids) - common_prefix([ids, ids_of_other])
 
     def sampled_row(self, prompt: str, sampled: str) -> Row:
@@ -125,8 +134,10 @@ class Template:
         It is finished if the text ends in its end of turn (text format: EOS). A prompt that this
         chat template has rendered already, with the start of the answer, is not rendered again:
         that row is the ids of the whole conversation. Raises InvalidRow for a prompt that another
-        template has rendered, EmptyResponse where nothing was sampled.
+        template has rendered and for lone surrogates, EmptyResponse where nothing was sampled,
+        RowTooLong as encode does.
         """
+        check_row(Row(prompt, sampled))
         if self.spec.format == "text":
             return Row(prompt, sampled, sampled.endswith(_eos(self.tokenizer)))
         if not self.opening.strip():
@@ -134,7 +145,7 @@ class Template:
                 "this model's chat template does not mark where an answer starts, so a rendered "
                 "prompt cannot be told from a plain one: send prompt and response"
             )
-        finished = self._kept_ends.search(sampled) is not None
+        finished = self._kept_end(sampled) > 0
         if self.opening not in prompt:
             marks = [t for t in self._special_tokens if t in prompt]
             if marks or (marks := _TURN_MARKS.findall(prompt)):
@@ -148,6 +159,7 @@ class Template:
         # The answer's turn as in training: a template may write more than it starts an answer with.
         (turn,) = self._compose_chat(Row(_MARK, prefill + sampled, finished))
         text = before + turn.partition(_MARK)[2]
+        self._check_length([max(prompt, text, key=len)])
         prompt_ids, ids = (np.array(x, np.int32) for x in self._tokenize([prompt, text]))
         n = common_prefix([np.append(prompt_ids, -1), ids])
         return Row(ids[:n], ids[n:], finished)
@@ -181,12 +193,23 @@ class Template:
             return closing, closing[: max(ends)]
         return closing, closing.rstrip() + _eos(self.tokenizer)
 
+    def _kept_end(self, response: str) -> int:
+        """Characters of the end of turn that a sampler which keeps special tokens leaves behind."""
+        kept = self.closing[1]
+        backwards, n = response[::-1], 0
+        while end := self._end_backwards.match(backwards, n):
+            n = end.end()
+        return max(n, len(kept) if response.endswith(kept) else 0)
+
     @cached_property
-    def _kept_ends(self) -> re.Pattern[str]:
-        """The end of turn behind a response, as a sampler that keeps special tokens gives it."""
+    def _end_backwards(self) -> re.Pattern[str]:
+        """A token of the end of turn and what space follows it, read from right to left.
+
+        From the left, a search would begin anew at every token of a long run of them.
+        """
         closing, kept = self.closing
-        ends = [t for t in self._special_tokens if t in closing or t in kept]
-        return re.compile(rf"({re.escape(kept)}|(({'|'.join(map(re.escape, ends))})\s*)+)\Z")
+        ends = [t[::-1] for t in self._special_tokens if t in closing or t in kept]
+        return re.compile(rf"\s*({'|'.join(map(re.escape, ends))})")
 
     @cached_property
     def _special_tokens(self) -> list[str]:
@@ -223,7 +246,8 @@ class Template:
         if final["role"] != "assistant":
             raise InvalidRow(f"a response ends with an assistant message, got {final['role']!r}")
         # A sampler that keeps special tokens hands over the end itself: it must not stand twice.
-        content = self._kept_ends.sub("", final["content"])
+        content = final["content"]
+        content = content[: len(content) - self._kept_end(content)]
         if not content:
             raise EmptyResponse("the response is empty: there is nothing to score")
         try:
@@ -274,11 +298,34 @@ class Template:
             check_row(row)
             if is_ids(row.response):
                 return self._check_ids(row)
-            return (
-                self._compose_chat(row) if self.spec.format == "chat" else self._compose_text(row)
-            )
+            texts = self._texts(row)
+            self._check_length(texts)
+            return texts
         except RowError as error:
             return error
+
+    def _texts(self, row: Row) -> list[str]:
+        return self._compose_chat(row) if self.spec.format == "chat" else self._compose_text(row)
+
+    @cached_property
+    def most_characters(self) -> int:
+        """Characters that a text of max_length tokens has at most, so that more cannot fit.
+
+        A token covers no more of them than its entry in the vocabulary has, before a normalizer
+        composed them. Exact unless the tokenizer drops text, as the special tokens of Phi-3 do
+        with the spaces beside them: so long a row is refused though without them it would fit.
+        """
+        return self.spec.max_length * COMPOSED * max(map(len, self.tokenizer.get_vocab()))
+
+    def _check_length(self, texts: list[str]) -> None:
+        """Raises RowTooLong for a row that is too long by its characters."""
+        characters = sum(map(len, texts))
+        if characters > self.most_characters:
+            raise RowTooLong(
+                f"row has {characters} characters, {self.spec.max_length} tokens hold at most "
+                f"{self.most_characters}: shorten it, or raise max_length (a row beyond that is "
+                "not tokenised, and its prompt not cut)"
+            )
 
     def _check_ids(self, row: Row) -> Ids:
         prompt, response = (np.asarray(x) for x in (row.prompt, row.response))
@@ -342,7 +389,7 @@ def _is_messages(value: object) -> TypeGuard[Sequence[Message]]:
 def _is_json(value: object) -> bool:
     try:
         json.dumps(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return False
     return True
 
@@ -379,7 +426,7 @@ def prompt_key(prompt: Text | Tokens) -> object:
 
 def _describe(value: object) -> str:
     kind = _kind(value)
-    return kind if kind != "none" else f"{type(value).__name__} {str(value)[:40]!r}"
+    return kind if kind != "none" else f"{type(value).__name__} {reprlib.repr(value)}"
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -90,9 +90,10 @@ def test_dropping_leaves_overlong_responses_out_and_counts_them() -> None:
     template = byte_template(12)
     ranked = group("0123456", ["a", "bcdefgh", "i"], [(0, 1), (2, 1), (0, 2)])
     lost = group("0123456789ab", ["a", "b"])
-    data = encode_groups([ranked, lost], template, "error")
+    untokenised = group("0" * 10_000, ["a", "b"])
+    data = encode_groups([ranked, lost, untokenised], template, "error")
     assert texts(data, 0, template) == ["0123456\na</s>", "0123456\ni</s>"]
-    assert data.report == EncodeReport(groups=1, pairs=1, overlong_responses=3, dropped_pairs=3)
+    assert data.report == EncodeReport(groups=1, pairs=1, overlong_responses=5, dropped_pairs=4)
 
 
 def test_a_choice_goes_on_without_a_response_that_was_left_out() -> None:

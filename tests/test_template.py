@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
+from unicodedata import normalize
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import normalizers
 from transformers import PreTrainedTokenizerBase
 
 from rayrm.errors import (
@@ -20,6 +26,7 @@ from rayrm.errors import (
 )
 from rayrm.packing import Ids
 from rayrm.template import (
+    COMPOSED,
     Row,
     Template,
     TemplateSpec,
@@ -585,6 +592,96 @@ def test_a_response_of_several_messages_is_not_cut() -> None:
         kept, _ = limited.fit(row, ids, "truncate")
         if not isinstance(kept, RowError):
             assert "Where?" in text(chat, kept)
+
+
+def test_a_text_that_cannot_fit_never_reaches_the_tokenizer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenize, seen = Template._tokenize, []
+
+    def counting(self: Template, texts: list[str]) -> list[list[int]]:
+        seen.extend(map(len, texts))
+        return tokenize(self, texts)
+
+    monkeypatch.setattr(Template, "_tokenize", counting)
+    long = "ab " * 1_000_000
+    opening = template("chatml").opening
+    for rows in (template("chatml"), text_template()):
+        for row in (Row(long, "Paris"), Row("Hi", long), Row("Hi", long, False)):
+            (error,) = rows.encode([row])
+            assert isinstance(error, RowTooLong) and str(rows.most_characters) in str(error)
+        good, bad = Row("Hi", "Paris"), Row("a" * rows.most_characters, "Paris")
+        results = rows.encode([good, bad, good])
+        assert [isinstance(ids, RowError) for ids in results] == [False, True, False]
+    for prompt, sampled in ((long + opening, "Paris"), (f"Hi{opening} {long}", "Paris")):
+        with pytest.raises(RowTooLong):
+            template("chatml").sampled_row(prompt, sampled)
+    assert max(seen) < 1000
+
+
+def test_the_longest_text_that_is_tokenised_can_be_cut() -> None:
+    """A template that strips a response may write more for the one that it is compared with."""
+    rows = template("llama3", max_length=20)
+    for response in ("Paris", " ", " \n "):
+        bare = len(rows._texts(Row("a", response))[0]) - 1
+        row = Row("a" * (rows.most_characters - bare), response)
+        (ids,) = rows.encode([row])
+        assert isinstance(ids, np.ndarray)
+        kept, cut = rows.fit(row, ids, "truncate")
+        assert isinstance(kept, np.ndarray) and cut and len(kept) == 20
+        (error,) = rows.encode([row._replace(prompt=f"a{row.prompt}")])
+        assert isinstance(error, RowTooLong)
+
+
+def test_no_tokens_hold_more_characters_than_that() -> None:
+    """Also where a normalizer composes them: U+1F82 is four, and none is more."""
+    assert max(len(normalize("NFD", chr(c))) for c in range(sys.maxunicode + 1)) == COMPOSED
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    tokenizer.add_tokens(["\u1f82" * 30, "long"])
+    rows = Template(tokenizer, TemplateSpec("chat", "\n", 50, ""))
+    pieces = [normalize("NFD", "\u1f82" * 30), " " * 30, "<|im_start|>", *tokenizer.get_vocab()]
+
+    @settings(max_examples=100, deadline=None, database=None)
+    @given(st.lists(st.sampled_from(pieces) | st.text(max_size=5)).map("".join))
+    def holds(text: str) -> None:
+        row = Row(f"a{text}", "x")
+        (ids,), (characters,) = rows.encode([row]), map(len, rows._texts(row))
+        assert isinstance(ids, RowTooLong) == (characters > rows.most_characters)
+        tokens = len(rows._tokenize([text])[0])
+        assert len(text) * rows.spec.max_length <= rows.most_characters * tokens
+
+    holds()
+
+
+def test_a_long_run_of_ends_takes_no_longer_than_other_text() -> None:
+    """A search from the left takes minutes: it begins anew at each of them."""
+    rows = template("chatml", max_length=10**6)
+    ends = "<|im_end|>" * 30_000
+    start = time.perf_counter()
+    assert isinstance(rows.encode([Row("Hi", ends + "x")])[0], np.ndarray)
+    assert isinstance(rows.encode([Row("Hi", ends)])[0], EmptyResponse)
+    assert not rows.sampled_row("Hi", ends + "x").finished
+    assert rows.sampled_row("Hi", "x" + ends).finished
+    assert time.perf_counter() - start < 10
+    assert np.array_equal(encode(rows, "Hi", f"x{ends} \n"), encode(rows, "Hi", "x"))
+
+
+def test_a_row_nested_to_python_s_limit_is_an_error_of_its_own() -> None:
+    deep: list[Any] = []
+    for _ in range(10_000):
+        deep = [deep]
+    message = {"role": "user", "content": "Hi", "extra": deep}
+    for prompt in (deep, [message]):
+        assert isinstance(failure(template("chatml"), prompt, "Paris"), InvalidRow)
+
+
+def test_a_sampled_text_with_a_lone_surrogate_is_refused() -> None:
+    rows = template("chatml")
+    for prompt in ("Hi", "Hi" + rows.opening):
+        for row in ((prompt, "\ud83d"), ("\ud83d" + prompt, "Paris")):
+            with pytest.raises(InvalidRow):
+                rows.sampled_row(*row)
 
 
 # Pad token and fingerprint ----------------------------------------------------------------------
