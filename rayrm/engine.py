@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rayrm.data import Text
-from rayrm.errors import ConfigError, InvalidTokenIds, NonFiniteReward, RowError
+from rayrm.errors import ConfigError, InvalidRow, InvalidTokenIds, NonFiniteReward, RowError
 from rayrm.export import Export
 from rayrm.foreign import open_model
 from rayrm.model import DTYPES, RewardNet, check_max_length, load_weights
@@ -167,7 +167,7 @@ class RewardModel:
         ids: dict[int, Ids] = {}
         mismatch = self._mismatch(tokenizer)
         for i, (row, result) in enumerate(zip(rows, self.template.encode(rows), strict=True)):
-            if mismatch is not None and is_ids(row.response):
+            if mismatch and is_ids(row.response) and not isinstance(result, InvalidRow):
                 result = mismatch
             if not isinstance(result, RowError):
                 tokens[i] = len(result)

@@ -597,7 +597,8 @@ def test_a_response_of_several_messages_is_not_cut() -> None:
 def test_a_text_that_cannot_fit_never_reaches_the_tokenizer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tokenize, seen = Template._tokenize, []
+    tokenize = Template._tokenize
+    seen: list[int] = []
 
     def counting(self: Template, texts: list[str]) -> list[list[int]]:
         seen.extend(map(len, texts))
