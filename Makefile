@@ -16,10 +16,16 @@ bench: env .venv-trl/.installed .venv-vllm/.installed  ## speed and memory besid
 	@$(BIN)/python jobs/bench.py $(ARGS)
 
 test: env  ## run the tests, but for the slow ones
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m "not slow and not faults"
 
 test-slow: env  ## run the slow tests: whole training runs
 	@$(BIN)/python -m pytest -m slow
+
+faults: env  ## kill, hang and break what serves, under load: under 15 minutes
+	@$(BIN)/python -m pytest -s -m faults
+
+soak: env  ## ten minutes at twice the capacity, and ten thousand requests that attack
+	@$(BIN)/python -m pytest -s -m soak tests/soak_*.py
 
 check: env  ## formatter, linter, strict type checker
 	@$(BIN)/ruff format --check rayrm jobs tests
@@ -53,5 +59,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 clean:  ## remove the environments and what quickstart, parity and bench made
 	rm -rf $(VENV) .venv-* runs/quickstart runs/parity runs/bench
 
-.PHONY: help quickstart parity test test-slow check format env clean
+.PHONY: help quickstart parity bench test test-slow faults soak check format env clean
 .DEFAULT_GOAL := help

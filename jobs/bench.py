@@ -5,7 +5,7 @@
 Every side is a process of its own, so that its peak memory is its own, and they take turns. Peers
 live in jobs/peers/ and, where they need one, in an environment of their own (`make bench` creates
 them). A ratio counts only where rewards or losses agree with ours; a peer that is missing or fails
-is reported as absent. Writes figures.json, table.txt and bench.png.
+is reported as absent. Prints tables, writes figures.json and bench.png.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ from ray import serve
 from transformers import AutoConfig
 
 from rayrm import RewardClient, RewardModel, ServeConfig, TrainConfig, deploy, fit
+from rayrm import serve as service
+from rayrm.callers import Ticket, this_caller
 from rayrm.chunk import Chunk, to_chunk
 from rayrm.chunk import Step as ChunkStep
 from rayrm.client import REPLICA
@@ -47,6 +50,8 @@ from rayrm.loss import bradley_terry
 from rayrm.model import RewardNet, load_base, pack_tensors, save_weights
 from rayrm.packing import Pack, TokenGroup, share_packs
 from rayrm.sample import generate
+from rayrm.serve import Replica
+from rayrm.sources import open_sources
 from rayrm.template import Row
 from rayrm.train import KEEP_FREED_MEMORY
 
@@ -57,8 +62,10 @@ PYTHON = {peer: HERE.parent / f".venv-{peer}" / "bin" / "python" for peer in ("t
 AGREE = 0.99
 # Of the loss before any update: bf16 moves a mean over 6 to 16 pairs by about 0.01.
 SAME_LOSS = 0.03
-TOKENS_PER_MICRO_BATCH = 4096
+TOKENS_PER_MICRO_BATCH = 2048
 TOKENS_OF_CEILING = 2048
+STEPS_OF_A_FIT = 5
+SLEEPING_TOKENS_PER_S = 20_000
 
 Ids = list[int]
 Figures = dict[str, Any]
@@ -438,8 +445,9 @@ def read_group(record: Figures) -> PreferenceGroup:
 
 def bench_zero(start: Path, args: argparse.Namespace) -> Figures:
     """The bare loop, one worker of Ray Train, two workers with ZeRO 1 to 3: one global batch."""
-    data = preferences(args.pairs, False, start, args.directory)
-    groups = alike(data, ranked=False)[: 16 * 4]
+    file = head_of(args.pairs, 16 * STEPS_OF_A_FIT, args.directory) if args.pairs else None
+    data = preferences(file, False, start, args.directory)
+    groups = alike(data, ranked=False)
     ours, _ = save_groups(groups, args.directory / "train-zero")
     bare = [sys.executable, __file__, "--side", "train", start, ours, "16"]
     variants = {
@@ -453,7 +461,7 @@ def bench_zero(start: Path, args: argparse.Namespace) -> Figures:
         if run := run_once(bare, args.directory / "bare.log"):
             seconds["bare loop"] += run["seconds"][1:]
         for name, (workers, stage) in variants.items():
-            command = [sys.executable, __file__, "--side", "fit", start, args.pairs or ""]
+            command = [sys.executable, __file__, "--side", "fit", start, file or ""]
             command += [
                 str(workers),
                 str(stage),
@@ -476,8 +484,16 @@ def bench_zero(start: Path, args: argparse.Namespace) -> Figures:
     return figures
 
 
+def head_of(file: str, records: int, directory: Path) -> str:
+    """A file of the first of the file's records."""
+    [(_, rows)] = open_sources(file, "train", [])
+    head = directory / "head.jsonl"
+    head.write_text("".join(json.dumps(row) + "\n" for _, row in islice(rows, records)))
+    return str(head)
+
+
 def side_fit(start: str, file: str, workers: str, stage: str, run: str) -> None:
-    """A run of Ray Train on 64 groups of one pair."""
+    """A run of Ray Train on the same pairs."""
     shutil.rmtree(run, ignore_errors=True)
     config = TrainConfig(
         name="fit",
@@ -574,6 +590,7 @@ def side_serve(start: str, repeats: str) -> None:
             max_length=2048,
             cpus_per_replica=cpus,
             hang_timeout_s=600,
+            cache_bytes=0,  # the same rows come several times
         )
     )
     step = grpo("serve-path", 8, 8, model.net.model.config.vocab_size)
@@ -593,10 +610,64 @@ def side_serve(start: str, repeats: str) -> None:
     answer(served=served)
 
 
+class Sleeping(Replica):
+    """A replica whose model takes its time and computes nothing."""
+
+    def _load(self, config: ServeConfig) -> RewardModel:
+        model = super()._load(config)
+
+        def sleep(groups: Sequence[TokenGroup], **_: Any) -> list[Any]:
+            time.sleep(sum(group.tokens for group in groups) / SLEEPING_TOKENS_PER_S)
+            return [np.zeros(len(group.suffixes), dtype=np.float32) for group in groups]
+
+        model.score_groups = sleep  # type: ignore[method-assign]
+        return model
+
+
+def bench_replicas(start: Path, args: argparse.Namespace) -> Figures:
+    """The same rows for each replica: two that compute on a core each, up to eight that sleep."""
+    command = [sys.executable, __file__, "--side", "replicas", start, str(args.repeats)]
+    figures = run_once(command, args.directory / "replicas.log")
+    if figures is None:
+        print("\nserve-replicas  failed: see replicas.log")
+        return {}
+    for kind, seconds in figures["seconds"].items():
+        medians = {int(n): statistics.median(s) for n, s in seconds.items()}
+        speedups = {n: n * medians[1] / s for n, s in medians.items()}
+        figures[kind] = speedups
+        told = ", ".join(f"{n}: {speedup:.2f} x" for n, speedup in speedups.items())
+        print(f"\nserve-replicas  {kind}  {told} the rewards/s of one", flush=True)
+    return figures
+
+
+def side_replicas(start: str, repeats: str) -> None:
+    ray.init(num_cpus=8, log_to_driver=False, logging_level=logging.ERROR)
+    seconds: dict[str, dict[int, list[float]]] = {}
+    for kind, counts, groups in (("compute", (1, 2), 8), ("sleep", (1, 2, 4, 8), 160)):
+        service.Replica = Sleeping if kind == "sleep" else Replica  # type: ignore[misc]
+        seconds[kind] = {n: [] for n in counts}
+        for n in counts:
+            config = {"dtype": "bfloat16", "max_length": 2048, "cache_bytes": 0}
+            service.deploy(
+                ServeConfig(export=start, app=kind, replicas=n, hang_timeout_s=600, **config)
+            )
+            step = grpo("replicas", n * groups, 8, 49152)
+            responses = [row[len(p) :] for row, p in zip(step.rows, step.prompts, strict=True)]
+            client = RewardClient(kind)
+            with warnings.catch_warnings(action="ignore"):
+                client.score(step.prompts[:64], responses[:64])
+                for _ in range(int(repeats)):
+                    started = time.perf_counter()
+                    client.score(step.prompts, responses)
+                    seconds[kind][n].append(time.perf_counter() - started)
+        serve.delete(kind)
+    answer(seconds=seconds)
+
+
 class Stub:
     """A replica whose model takes no time."""
 
-    async def score(self, chunk: Chunk) -> Rewards:
+    async def score(self, chunk: Chunk, ticket: Ticket) -> Rewards:
         n = len(chunk.rows())
         none = np.zeros(n, dtype=bool)
         return Rewards(np.zeros(n, dtype=np.float32), [None] * n, none, none, ["stub"] * n)
@@ -611,6 +682,7 @@ def stub_seconds(repeats: int) -> dict[str, list[float]]:
     prompts = [rng.integers(0, 49152, 800).astype(np.int32) for _ in range(1024)]
     responses = [rng.integers(0, 49152, 200).astype(np.int32) for _ in range(1024)]
     handle = serve.get_app_handle("stub")
+    ticket = Ticket("step", 0, this_caller())
     client.score(prompts[:8], responses[:8], tokenizer="stub")
     seconds: dict[str, list[float]] = {"stub": [], "stub, one call per row": []}
     for _ in range(max(3, repeats)):
@@ -619,7 +691,8 @@ def stub_seconds(repeats: int) -> dict[str, list[float]]:
         seconds["stub"].append(time.perf_counter() - started)
         started = time.perf_counter()
         calls = [
-            handle.score.remote(single_row(p, r)) for p, r in zip(prompts, responses, strict=True)
+            handle.score.remote(single_row(p, r), ticket)
+            for p, r in zip(prompts, responses, strict=True)
         ]
         for call in calls:
             call.result()
@@ -629,7 +702,7 @@ def stub_seconds(repeats: int) -> dict[str, list[float]]:
 
 
 def single_row(prompt: Any, response: Any) -> Chunk:
-    keys = ChunkStep([Row(prompt, response)]).cut(1)
+    keys = ChunkStep([Row(prompt, response)]).cut(1, 0)
     return to_chunk(keys[0], "stub")
 
 
@@ -689,7 +762,7 @@ def plot(workloads: Figures, file: Path) -> None:
 
 
 TRAINING = {"train-pairs": 16, "train-ranked": 1}
-WORKLOADS = [*STEPS, *TRAINING, "train-zero", "strict", "serve-path"]
+WORKLOADS = [*STEPS, *TRAINING, "train-zero", "strict", "serve-path", "serve-replicas"]
 
 
 def main() -> None:
@@ -718,6 +791,8 @@ def main() -> None:
         workloads["strict"] = bench_strict(start, args)
     if "serve-path" in names:
         workloads["serve-path"] = bench_serving(start, args)
+    if "serve-replicas" in names:
+        workloads["serve-replicas"] = bench_replicas(start, args)
     result = {"machine": platform.processor(), "cores": os.cpu_count(), "workloads": workloads}
     (args.directory / "figures.json").write_text(json.dumps(result, indent=2))
     plot(workloads, args.directory / "bench.png")
@@ -732,6 +807,7 @@ if __name__ == "__main__":
             "fit": side_fit,
             "strict": side_strict,
             "serve": side_serve,
+            "replicas": side_replicas,
         }
         sides[sys.argv[2]](*sys.argv[3:])  # type: ignore[operator]
     else:
