@@ -1,8 +1,13 @@
 """Serve an export: python jobs/serve.py EXPORT [--field value …], or CONFIG.yaml instead of EXPORT.
 
 Deploys the application on the running Ray cluster (RAY_ADDRESS, or the one on this machine) and
-returns; without a cluster it starts one here and serves until Ctrl-C. The fields are those of
-rayrm.config.ServeConfig, e.g. --replicas 2 --gpus_per_replica 1.
+returns; without a cluster it starts one here and serves until Ctrl-C. Where the application runs,
+another EXPORT takes over without a pause. The fields are those of rayrm.config.ServeConfig, e.g.
+--replicas 2 --gpus_per_replica 1.
+
+    python jobs/serve.py --rollback [APP]
+
+serves again what the application served before.
 """
 
 from __future__ import annotations
@@ -18,6 +23,9 @@ def main(arguments: list[str]) -> None:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         print(describe(ServeConfig))
+        return
+    if arguments[0] == "--rollback":
+        roll_back(*arguments[1:])
         return
     config = ServeConfig.load(arguments[0], arguments[1:])
 
@@ -41,6 +49,15 @@ def main(arguments: list[str]) -> None:
             signal.pause()
         except KeyboardInterrupt:
             serve.delete(config.app)
+
+
+def roll_back(app: str = "rayrm") -> None:
+    import ray
+
+    from rayrm.serve import rollback
+
+    ray.init()
+    print(f"application {app!r} serves {rollback(app).version} again", flush=True)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,13 @@ from rayrm.template import Row, Tokens, check_row, is_ids
 
 BYTES_PER_TOKEN = 4
 
-# A replica merges what it is sent into full packs, so a chunk need not fill one. Below about 2048
-# tokens a call starts to cost as much as its forward; a chunk that a replica drops is sent again.
-CHUNK_TOKENS = (2048, 131072)
+# A chunk is half a pack at most: a pack is two of them, and what a slow or dying replica has of a
+# step is little. The last of a step, which one replica computes while the others wait, are small.
+CHUNKS_PER_PACK = 2
+MIN_CHUNK_TOKENS = 1024
+
+# Where nothing is known of packs.
+MAX_CHUNK_TOKENS = 131072
 
 # For every replica: enough that none waits for the last one, and that a pack is there to be
 # computed while the next is on its way.
@@ -93,6 +97,11 @@ class Chunk:
     finished: NDArray[np.bool_]
     tokenizer: str | None
 
+    @property
+    def cost(self) -> int:
+        """Tokens, about."""
+        return (len(self.prompts.data) + len(self.responses.data)) // BYTES_PER_TOKEN
+
     def rows(self) -> list[Row]:
         prompts = self.prompts.unpack()
         responses = self.responses.unpack()
@@ -104,6 +113,9 @@ class Chunk:
 
 Key = tuple[Payload, Payload, bool]
 """Prompt, response, finished: rows of one key are one row."""
+
+Arrival = tuple[NDArray[np.int64], Rewards]
+"""Places in a step, and the rewards of the rows there."""
 
 
 class Step:
@@ -122,19 +134,37 @@ class Step:
             key = to_payload(row.prompt), to_payload(row.response), row.finished
             self.places.setdefault(key, []).append(i)
 
-    def cut(self, replicas: int) -> list[list[Key]]:
-        """The distinct rows as chunks of about equal cost, costliest first."""
+    def cut(self, replicas: int, tokens_per_pack: int) -> list[list[Key]]:
+        """The distinct rows as chunks of about equal cost, costliest first.
+
+        tokens_per_pack: the replicas', 0 where they have none.
+        """
         groups: dict[Payload, list[Key]] = {}
         for key in self.places:
             groups.setdefault(key[0], []).append(key)
         total = sum(map(_cost, groups.values()))
-        size = np.clip(total / (CHUNKS_PER_REPLICA * replicas), *CHUNK_TOKENS)
+        largest = tokens_per_pack // CHUNKS_PER_PACK if tokens_per_pack else MAX_CHUNK_TOKENS
+        largest = max(MIN_CHUNK_TOKENS, largest)
+        size = np.clip(total / (CHUNKS_PER_REPLICA * replicas), MIN_CHUNK_TOKENS, largest)
         pieces = [piece for group in groups.values() for piece in _pieces(group, size)]
-        bins = balance([round(_cost(piece)) for piece in pieces], int(np.ceil(total / size)))
+        costs = [round(_cost(piece)) for piece in pieces]
+        bins = balance(costs, max(1, int(np.ceil(total / size))))  # a step of empty rows costs none
         return [[key for p in indices for key in pieces[p]] for indices in bins if indices]
 
-    def collect(self, chunks: Sequence[Sequence[Key]], replies: Sequence[Rewards]) -> Rewards:
-        """The chunks' rewards at their rows' places.
+    def arrived(self, chunk: Sequence[Key], reply: Rewards) -> Arrival:
+        """A chunk's rewards at every place where its rows stand."""
+        at = [(i, k) for k, key in enumerate(chunk) for i in self.places[key]]
+        places, ks = np.array(at, dtype=np.int64).reshape(-1, 2).T
+        return places, Rewards(
+            reply.values[ks],
+            [reply.errors[k] for k in ks],
+            reply.truncated[ks],
+            np.array([not self.rows[i].finished for i in places], dtype=bool),
+            [reply.versions[k] for k in ks],
+        )
+
+    def collect(self, arrivals: Sequence[Arrival]) -> Rewards:
+        """All rewards in the order of the rows.
 
         A row that is not text, messages or ids was never sent: it has no version.
         """
@@ -142,11 +172,10 @@ class Step:
         values = np.full(n, np.nan, dtype=np.float32)
         truncated = np.zeros(n, dtype=bool)
         errors, versions = list(self.errors), [""] * n
-        for chunk, reply in zip(chunks, replies, strict=True):
-            for k, key in enumerate(chunk):
-                for i in self.places[key]:
-                    values[i], truncated[i] = reply.values[k], reply.truncated[k]
-                    errors[i], versions[i] = reply.errors[k], reply.versions[k]
+        for places, rewards in arrivals:
+            values[places], truncated[places] = rewards.values, rewards.truncated
+            for i, error, version in zip(places, rewards.errors, rewards.versions, strict=True):
+                errors[i], versions[i] = error, version
         unfinished = np.array([not row.finished for row in self.rows], dtype=bool)
         return Rewards(values, errors, truncated, unfinished, versions)
 

@@ -1,27 +1,48 @@
 """RewardClient: a whole step of prompts and responses in, its rewards out, in order.
 
-Calls the Serve application by name from a driver, an actor or another job of the cluster. Knows
-nothing of models; what travels is in chunk.py.
+Calls the Serve application by name from a driver, an actor or another job of the cluster. What is
+sent again, and when, is decided here. Knows nothing of models; what travels is in chunk.py.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
+import os
+import random
+import threading
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, TypedDict, Unpack
+from uuid import uuid4
 
 import ray
+from numpy.typing import NDArray
 from ray import serve
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    RayActorError,
+    RayTaskError,
+)
+from ray.serve.context import _get_serve_request_context, _serve_request_context
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from transformers import PreTrainedTokenizerBase
 
-from rayrm.chunk import CHUNKS_PER_REPLICA, Chunk, Step, to_chunk
+from rayrm.callers import Caller, Ticket, this_caller
+from rayrm.chunk import CHUNKS_PER_REPLICA, Arrival, Chunk, Step, to_chunk
 from rayrm.engine import Rewards, Texts, make_rows, warn_unnamed_ids
-from rayrm.errors import ServiceError
+from rayrm.errors import Overloaded, ServiceError, StepTimeout, VersionGone
 from rayrm.template import Row, fingerprint
+from rayrm.versions import read_record
+
+logger = logging.getLogger("rayrm")
 
 # The deployment that computes rewards; others of the application lead to it.
 REPLICA = "Replica"
@@ -33,107 +54,188 @@ RETRIES = 5
 # What a call over a handle raises when its replica, or the replica's node, has died.
 DROPPED = (RayActorError, ObjectLostError)
 
+# A chunk's bytes find no place for now: others' objects will be freed.
+FULL = (ObjectStoreFullError, OutOfDiskError)
+
+# Seconds between attempts, doubled each time up to the second.
+BACKOFF = (0.2, 5.0)
+
 # How long the number of replicas is taken to stand: Serve needs some 30 ms to tell it.
 STATUS_SECONDS = 10.0
+
+# And that there is such an application: some milliseconds.
+FOUND_SECONDS = 0.5
+
+# Refused chunks of a step that knock again within the time they were told to wait; the others wait
+# for longer, so that how often a caller knocks does not grow with its step.
+KNOCKS = 16
+
+OnArrival = Callable[["NDArray[Any]", Rewards], None]
+
+
+@dataclass(frozen=True)
+class Application:
+    """What a step is sent to: so many replicas behind a handle, and the version to score by.
+
+    An application that rayrm.deploy knows nothing of has neither packs (0) nor a version ("").
+    """
+
+    handle: DeploymentHandle[Any]
+    replicas: int
+    tokens_per_pack: int = 0
+    version: str = ""
+
+
+class Options(TypedDict, total=False):
+    """What a call says of its step; all of it may be left out.
+
+    groups: instead of responses, for each prompt a list of them, whose rewards come one after the
+    other. finished: False for a response that the sampler cut off, in the order of the rewards.
+    tokenizer: what made the ids, or its fingerprint. version: score by this one and no other.
+    timeout_s: instead of the client's. on_arrival: called with places (int64 [n]) in the result and
+    their rewards, on a thread of the client, as they come in.
+    """
+
+    groups: Sequence[Texts]
+    finished: Sequence[bool]
+    tokenizer: str | PreTrainedTokenizerBase
+    version: str
+    timeout_s: float
+    on_arrival: OnArrival
 
 
 class RewardClient:
     """Scores through the application of that name. Holds no connection, so it pickles.
 
-    timeout_s bounds one whole call of score, waiting for a replica to come back included.
+    timeout_s bounds one step, waiting for a replica to come back included. caller: a name for logs
+    and for the queues, which are fair between callers; by default the actor, or the process.
     """
 
-    def __init__(self, app: str = "rayrm", *, timeout_s: float = 600.0) -> None:
+    def __init__(
+        self, app: str = "rayrm", *, timeout_s: float = 600.0, caller: str | None = None
+    ) -> None:
         self.app = app
         self.timeout_s = timeout_s
+        self.caller = caller
+        self._found: tuple[DeploymentHandle[Any], int, float] | None = None
         self._replicas = (1, 0.0)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_found": None, "_replicas": (1, 0.0)}
+
     def score(
-        self,
-        prompts: Texts,
-        responses: Texts,
-        *,
-        finished: Sequence[bool] | None = None,
-        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        self, prompts: Texts, responses: Texts | None = None, **options: Unpack[Options]
     ) -> Rewards:
         """Rewards of N responses, as RewardModel.score gives them, from the served model.
 
         Equal rows are computed once, groups stay together, and what a dying replica drops is sent
-        again. Blocks. Raises ServiceError where the application is missing, does not answer in
-        time or fails; ValueError where the lists differ in length.
+        again. One version scores the whole step: the one that is served when it begins; if that is
+        gone before the end, the step is scored again, and on_arrival told of all rows again.
+
+        Blocks. Raises ServiceError where the application is missing or fails, StepTimeout where it
+        does not answer in time, VersionGone where the version that was asked for is not served;
+        ValueError where the lists differ in length.
         """
         _refuse_event_loop()
-        rows = make_rows(prompts, responses, finished)
+        step = self.submit(prompts, responses, **options)
+        try:
+            return step.result()
+        except BaseException:
+            step.cancel()  # Ctrl-C: nobody waits for it any more
+            raise
+
+    async def score_async(
+        self, prompts: Texts, responses: Texts | None = None, **options: Unpack[Options]
+    ) -> Rewards:
+        """score, to be awaited; cancelling that frees the replicas."""
+        return await asyncio.wrap_future(self.submit(prompts, responses, **options))
+
+    def submit(
+        self, prompts: Texts, responses: Texts | None = None, **options: Unpack[Options]
+    ) -> Future[Rewards]:
+        """score in the background: a future of its rewards; cancelling it frees the replicas."""
+        groups, tokenizer = options.get("groups"), options.get("tokenizer")
+        rows = make_rows(prompts, responses, options.get("finished"), groups)
         warn_unnamed_ids(rows, tokenizer)
         if isinstance(tokenizer, PreTrainedTokenizerBase):
             tokenizer = fingerprint(tokenizer)
-        handle = self._handle()
-        replicas = self._running_replicas()
-        return asyncio.run(self.score_rows(rows, tokenizer, handle, replicas))
+        step = self.score_rows(
+            rows,
+            tokenizer,
+            version=options.get("version"),
+            timeout_s=options.get("timeout_s", self.timeout_s),
+            on_arrival=options.get("on_arrival"),
+        )
+        return _start(step)
 
     async def score_rows(
         self,
         rows: Sequence[Row],
         tokenizer: str | None,
-        handle: DeploymentHandle[Any],
-        replicas: int,
+        *,
+        version: str | None = None,
+        timeout_s: float | None = None,
+        on_arrival: OnArrival | None = None,
+        caller: Caller | None = None,
+        patience_s: float = math.inf,
+        id: str = "",
     ) -> Rewards:
-        """What score does with its rows, over a handle to that many replicas."""
-        step = Step(rows)
-        keys = step.cut(replicas)
-        chunks = [to_chunk(rows_of_chunk, tokenizer) for rows_of_chunk in keys]
-        replies = await self._send_all(handle, chunks, CHUNKS_PER_REPLICA * replicas)
-        return step.collect(keys, replies)
+        """What score does with its rows, on any event loop.
 
-    async def _send_all(
-        self, handle: DeploymentHandle[Any], chunks: Sequence[Chunk], in_flight: int
-    ) -> list[Rewards]:
-        places = asyncio.Semaphore(in_flight)
-
-        async def send(chunk: Chunk) -> Rewards:
-            async with places:
-                return await self._send(handle, chunk)
-
+        patience_s: raise Overloaded once the service has answered nothing of the step for so long.
+        id: what to call the step in logs.
+        """
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        step, id = Step(rows), id or uuid4().hex[:12]
         try:
-            async with asyncio.timeout(self.timeout_s):
-                return await asyncio.gather(*map(send, chunks))
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    app = await self._find()
+                    if version:
+                        app = replace(app, version=version)
+                    caller = caller or this_caller(self.caller)
+                    sending = Sending(app, self.app, id, caller, patience_s)
+                    try:
+                        return await sending.send(step, tokenizer, on_arrival)
+                    except VersionGone as gone:
+                        if version:
+                            raise
+                        logger.warning(f"step={id} begins again: {gone}")
+                        await asyncio.sleep(backoff(1))
         except TimeoutError:
-            raise ServiceError(
-                f"application {self.app!r} did not score the step within timeout_s = "
-                f"{self.timeout_s:g}"
+            raise StepTimeout(
+                f"application {self.app!r} did not score step {id} within timeout_s = {timeout_s:g}"
             ) from None
 
-    async def _send(self, handle: DeploymentHandle[Any], chunk: Chunk) -> Rewards:
-        """One chunk's rewards, from whichever replica lives to give them."""
-        for attempt in range(RETRIES + 1):
-            response = handle.remote(chunk)
+    async def _find(self) -> Application:
+        """The application as it is now; waits while Serve's controller comes back."""
+        attempt = 0
+        while True:
             try:
-                return await response
+                return await asyncio.to_thread(self._ask)
             except DROPPED as error:
-                dropped = error
-                await asyncio.sleep(min(0.2 * 2**attempt, 5.0))
-            except RayTaskError as error:
-                raise ServiceError(f"a replica of {self.app!r} failed: {error.cause!r}") from error
-            except RayServeException as error:
-                raise ServiceError(f"application {self.app!r}: {error}") from error
-            except asyncio.CancelledError:
-                response.cancel()
-                raise
-        raise ServiceError(
-            f"{RETRIES + 1} replicas of {self.app!r} died while they scored the same "
-            f"{len(chunk.finished)} rows; the last: {dropped}"
-        ) from dropped
+                logger.warning(f"Serve's controller is away: {error}")
+                await asyncio.sleep(backoff(attempt := attempt + 1))
 
-    def _handle(self) -> DeploymentHandle[Any]:
+    def _ask(self) -> Application:
         if not ray.is_initialized():
             raise ServiceError("not connected to a Ray cluster: call ray.init() first")
+        if self._found is None or time.monotonic() > self._found[2]:
+            until = time.monotonic() + FOUND_SECONDS
+            self._found = self._find_replicas(), self._running_replicas(), until
+        handle, replicas, _ = self._found
+        if (record := read_record(self.app)) is None:
+            return Application(handle, replicas)
+        pack, version = record.config.tokens_per_pack, record.current.version
+        return Application(handle, replicas, pack, version)
+
+    def _find_replicas(self) -> DeploymentHandle[Any]:
         try:
             serve.get_app_handle(self.app)  # asks; the next one may be from this process's cache
-            handle = serve.get_deployment_handle(REPLICA, self.app)
+            return to_score(serve.get_deployment_handle(REPLICA, self.app))
         except (RayServeException, KeyError):
             deployed = ", ".join(map(repr, serve.status().applications)) or "none"
             raise ServiceError(f"no application {self.app!r}; deployed: {deployed}") from None
-        return to_score(handle)
 
     def _running_replicas(self) -> int:
         """How many replicas the application has, one at least, as of a few seconds ago."""
@@ -143,6 +245,130 @@ class RewardClient:
             count = max(1, sum(n for state, n in states.items() if state == "RUNNING"))
             self._replicas = count, time.time() + STATUS_SECONDS
         return count
+
+
+class Sending:
+    """One attempt at a step, by one version: its chunks, each sent until it is answered."""
+
+    def __init__(
+        self, app: Application, name: str, step: str, caller: Caller, patience_s: float
+    ) -> None:
+        self.app = app
+        self.name = name
+        self.step = step
+        self.caller = caller
+        self.patience_s = patience_s
+        self.outstanding = 0
+        self.refused = 0
+        self.answered_at = time.monotonic()
+
+    async def send(
+        self, step: Step, tokenizer: str | None, on_arrival: OnArrival | None
+    ) -> Rewards:
+        """Cut the step, keep a few chunks a replica on their way, collect what arrives."""
+        cut = step.cut(self.app.replicas, self.app.tokens_per_pack)
+        chunks = [to_chunk(keys, tokenizer) for keys in cut]
+        self.outstanding = sum(chunk.cost for chunk in chunks)
+
+        places = asyncio.Semaphore(CHUNKS_PER_REPLICA * self.app.replicas)
+
+        async def score(part: int, chunk: Chunk) -> Arrival:
+            async with places:
+                arrived = step.arrived(cut[part], await self.send_chunk(part, chunk))
+            self.outstanding -= chunk.cost
+            if on_arrival:
+                on_arrival(*arrived)
+            return arrived
+
+        tasks = [asyncio.ensure_future(score(*numbered)) for numbered in enumerate(chunks)]
+        try:
+            return step.collect(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def send_chunk(self, part: int, chunk: Chunk) -> Rewards:
+        """One chunk's rewards, from whichever replica lives and has room."""
+        lost = full = 0
+        while True:
+            reply = await self._call(part, chunk)
+            if isinstance(reply, Rewards):
+                self.answered_at = time.monotonic()
+                return reply
+            if isinstance(reply, VersionGone):
+                raise reply
+            if isinstance(reply, Overloaded):
+                await self._wait_for_room(reply)
+                continue
+            elif isinstance(reply, FULL):
+                wait = backoff(full := full + 1)
+                self._warn(part, "found no room in the object store", reply)
+            else:
+                wait = backoff(lost := lost + 1)
+                self._warn(part, f"lost its replica, time {lost}", reply)
+                if lost > RETRIES:
+                    raise ServiceError(
+                        f"{lost} replicas of {self.name!r} died while they scored the same "
+                        f"{len(chunk.finished)} rows of step {self.step}; the last: {reply}"
+                    ) from reply
+            await asyncio.sleep(wait)
+
+    async def _call(self, part: int, chunk: Chunk) -> Rewards | Exception:
+        """What a replica says, or what kept it from saying anything."""
+        app, left = self.app, self.outstanding
+        ticket = Ticket(self.step, part, self.caller, app.version, left, app.replicas)
+        context = replace(_get_serve_request_context(), request_id=f"{self.step}-{part}")
+        # Serve's own log lines name the step too.
+        _serve_request_context.set(context)  # type: ignore[arg-type]
+        try:
+            response = self.app.handle.remote(chunk, ticket)
+            try:
+                return await response
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+        except (*DROPPED, *FULL) as error:
+            return error
+        except RayTaskError as error:
+            raise ServiceError(
+                f"a replica of {self.name!r} failed on step {self.step}: {error.cause!r}"
+            ) from error
+        except RayServeException as error:
+            raise ServiceError(f"application {self.name!r}, step {self.step}: {error}") from error
+
+    async def _wait_for_room(self, refusal: Overloaded) -> None:
+        """At random, so that callers do not come back together."""
+        if time.monotonic() - self.answered_at > self.patience_s:
+            raise refusal
+        self.refused += 1
+        rounds = max(1.0, self.refused / KNOCKS)
+        try:
+            await asyncio.sleep(refusal.retry_after_s * rounds * random.uniform(0.5, 1.5))
+        finally:
+            self.refused -= 1
+
+    def _warn(self, part: int, what: str, error: Exception) -> None:
+        version, caller = self.app.version, self.caller.name
+        logger.warning(
+            f"step={self.step} part={part} caller={caller} version={version} {what}: {error}"
+        )
+
+
+def backoff(attempt: int) -> float:
+    first, most = BACKOFF
+    return min(first * 2 ** (attempt - 1), most)
+
+
+def _start(step: Coroutine[Any, Any, Rewards]) -> Future[Rewards]:
+    return asyncio.run_coroutine_threadsafe(step, _loop(os.getpid()))
+
+
+@cache
+def _loop(pid: int) -> asyncio.AbstractEventLoop:
+    """The event loop of all steps of this process, on a thread of its own."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="rayrm-client", daemon=True).start()
+    return loop
 
 
 def to_score(handle: DeploymentHandle[Any]) -> DeploymentHandle[Any]:
@@ -161,5 +387,5 @@ def _refuse_event_loop() -> None:
         return
     raise ServiceError(
         "score blocks, and an event loop runs here (an async actor, a notebook): "
-        "use `await asyncio.to_thread(client.score, prompts, responses)`"
+        "use `await client.score_async(prompts, responses)`"
     )

@@ -259,6 +259,28 @@ class HttpSection(Section):
         return self
 
 
+class AutoscaleSection(Section):
+    max_replicas: int | None = Field(None, ge=1)
+    """Set it to have as many replicas as callers' outstanding tokens need, up to so many."""
+    min_replicas: int = Field(1, ge=0)
+    """With 0 the first step after a pause waits for a replica to start."""
+    tokens_per_replica: int = Field(65536, ge=1)
+    """Tokens without a reward, of all callers' steps, for which there is to be a replica."""
+    upscale_delay_s: float = Field(10.0, ge=0)
+    """How long more replicas must be needed before they are started."""
+    downscale_delay_s: float = Field(300.0, ge=0)
+    """How long fewer must do before replicas are drained and stopped."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.max_replicas is not None and self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"autoscale.min_replicas ({self.min_replicas}) is above autoscale.max_replicas "
+                f"({self.max_replicas})"
+            )
+        return self
+
+
 class ServeConfig(Config):
     """One served reward model."""
 
@@ -268,6 +290,8 @@ class ServeConfig(Config):
     app: str = "rayrm"
     """Name of the Serve application, which clients call."""
     replicas: int = Field(1, ge=1)
+    """Without effect where autoscale.max_replicas is set."""
+    autoscale: AutoscaleSection = Field(default_factory=AutoscaleSection)
     gpus_per_replica: float = Field(0, ge=0)
     """0 serves on CPU."""
     cpus_per_replica: float = Field(1, gt=0)
@@ -287,7 +311,10 @@ class ServeConfig(Config):
     whichever replica scores it, given the same hardware and versions: every row is computed by
     itself, on CPU on one thread. Costs the sharing of prompts and the filling of packs."""
     max_queue_tokens: int = Field(1_000_000, ge=8)
-    """Tokens a replica lets wait before callers have to hold back."""
+    """Most tokens that a replica lets wait before it refuses more; it takes a few packs, or what it
+    computes in half a second, where that is less."""
+    cache_bytes: int = Field(64 * 2**20, ge=0)
+    """What a replica may spend on remembering rewards of rows: about 256 bytes a row."""
     hang_timeout_s: float = Field(300.0, gt=0)
     """A pack that computes for longer fails the replica's health check, and Serve replaces it."""
     http: HttpSection = Field(default_factory=HttpSection)

@@ -111,7 +111,7 @@ def score_corpus(
         raise DataError(f"{target}: must end in {' or '.join(SUFFIXES)}.")
     if target.exists():
         raise DataError(f"{target.resolve()} exists: move it away, or write to another file.")
-    config = locate_export(config)
+    config, _ = locate_export(config)
     corpus = Corpus.survey(source, split, part_rows, to_parquet=target.suffix == ".parquet")
     parts = Parts(target, corpus)
     parts.claim(corpus.fingerprint, config)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import math
 import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +28,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, FailFast, WithJsonSchema
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.context import _get_serve_request_context
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import Headers
@@ -34,15 +37,29 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import AutoTokenizer
 
 import rayrm
-from rayrm.client import RewardClient, to_score
+from rayrm.callers import this_caller
+from rayrm.client import RewardClient
 from rayrm.config import HttpSection, ServeConfig
 from rayrm.engine import Rewards
-from rayrm.errors import ConfigError, InvalidRow, RowError, ServiceError
+from rayrm.errors import (
+    ConfigError,
+    InvalidRow,
+    Overloaded,
+    RowError,
+    ServiceError,
+    VersionGone,
+)
 from rayrm.foreign import open_model
 from rayrm.template import Row, Template, is_ids
+from rayrm.versions import read_record
 
 # A replica that has not said anything by then is no use to a load balancer.
 HEALTH_SECONDS = 5.0
+
+# A caller whose request got nothing done for so long is told to come back; and after so long where
+# replicas have died, or are being started.
+PATIENCE_S = 5.0
+RETRY_AFTER_S = 5
 
 # So many rows of a bad request are named: a message for each of thousands would help nobody.
 NAMED = 10
@@ -153,20 +170,17 @@ class Endpoint:
     """Answers HTTP for the replicas behind a handle."""
 
     def __init__(self, config: ServeConfig, replicas: DeploymentHandle[Any]) -> None:
-        directory, export = open_model(config.export)
         self.config = config
-        self.version = export.version
-        longest = config.max_length or export.template.max_length
-        spec = replace(export.template, max_length=longest)
-        self.template = Template(AutoTokenizer.from_pretrained(directory), spec)
-        self._tokenizing = ThreadPoolExecutor(1, "tokenize")  # the loop stays free for /health
-        self.client = RewardClient(serve.get_replica_context().app_name)
+        self.app_name = serve.get_replica_context().app_name
+        self.client = RewardClient(self.app_name)
         self.replicas = replicas
-        self.score_handle = to_score(replicas)
+        self._templates: dict[str, Template] = {}
+        self._tokenizing = ThreadPoolExecutor(1, "tokenize")  # the loop stays free for /health
+        self._served_template()  # what fails, fails now
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         token = read_token(self.config.http)
-        app = FastAPI(title="rayrm", description=self.version, version=rayrm.__version__)
+        app = FastAPI(title="rayrm", version=rayrm.__version__)
         asked = [Depends(HTTPBearer(auto_error=False))] if token else []  # for the docs only
         app.post("/score", dependencies=asked, responses=REFUSALS)(self.score)
         app.post("/get_reward", dependencies=asked, responses=REFUSALS)(self.get_reward)
@@ -201,11 +215,7 @@ class Endpoint:
             raise HTTPException(
                 422, f"{len(request.query)} queries, {len(request.prompts)} prompts: one for each"
             )
-        loop = asyncio.get_running_loop()
-        rows, errors = await loop.run_in_executor(self._tokenizing, self._rows, request)
-        _refuse(errors)
-        rewards = await self._score(rows, self.template.spec.fingerprint)
-        _refuse({i: error for i, error in enumerate(rewards.errors) if error is not None})
+        rewards = await self._score_queries(request)
         values = rewards.values.tolist()
         return RewardResponse(
             rewards=values,
@@ -230,21 +240,58 @@ class Endpoint:
         if rows > (most := self.config.http.max_rows):
             raise HTTPException(413, f"{rows} rows: a request has at most {most} (http.max_rows)")
 
-    def _rows(self, request: RewardRequest) -> tuple[list[Row], dict[int, RowError]]:
+    async def _score_queries(self, request: RewardRequest) -> Rewards:
+        """Rewards by the version whose template told prompts from responses."""
+        loop = asyncio.get_running_loop()
+        while True:
+            build = partial(self._rows, request)
+            version, made_by, rows, errors = await loop.run_in_executor(self._tokenizing, build)
+            _refuse(errors)
+            try:
+                rewards = await self._score(rows, made_by, version)
+            except VersionGone:
+                continue
+            _refuse({i: error for i, error in enumerate(rewards.errors) if error is not None})
+            return rewards
+
+    def _rows(self, request: RewardRequest) -> tuple[str, str, list[Row], dict[int, RowError]]:
+        version, template = self._served_template()
         rows: list[Row] = []
         errors: dict[int, RowError] = {}
         for i, (query, prompt) in enumerate(zip(request.query, request.prompts, strict=True)):
             try:
                 if not query.startswith(prompt):
                     raise InvalidRow("the query does not begin with its prompt")
-                rows.append(self.template.sampled_row(prompt, query[len(prompt) :]))
+                rows.append(template.sampled_row(prompt, query[len(prompt) :]))
             except RowError as error:
                 errors[i] = error
-        return rows, errors
+        return version, template.spec.fingerprint, rows, errors
 
-    async def _score(self, rows: list[Row], tokenizer: str | None) -> Rewards:
+    def _served_template(self) -> tuple[str, Template]:
+        """The version that is served, and how its rows are built."""
+        record = read_record(self.app_name)
+        export = record.current.export if record else self.config.export
+        version = record.current.version if record else ""
+        if version not in self._templates:
+            directory, found = open_model(export)
+            longest = self.config.max_length or found.template.max_length
+            spec = replace(found.template, max_length=longest)
+            template = Template(AutoTokenizer.from_pretrained(directory), spec)
+            self._templates = {version: template}
+        return version, self._templates[version]
+
+    async def _score(
+        self, rows: list[Row], tokenizer: str | None, version: str | None = None
+    ) -> Rewards:
+        context = _get_serve_request_context()
+        here = await asyncio.to_thread(this_caller)
         return await self.client.score_rows(
-            rows, tokenizer, self.score_handle, self.config.replicas
+            rows,
+            tokenizer,
+            version=version,
+            caller=replace(here, name=f"http {context._client.rpartition(':')[0]}".strip()),
+            patience_s=PATIENCE_S,
+            id=context.request_id,
         )
 
 
@@ -339,7 +386,9 @@ def _where(loc: tuple[int | str, ...]) -> str:
 
 
 async def _on_service_error(_: Request, error: Exception) -> JSONResponse:
-    return _answer(503, str(error))
+    if isinstance(error, Overloaded):
+        return _answer(429, str(error), {"retry-after": str(math.ceil(error.retry_after_s))})
+    return _answer(503, str(error), {"retry-after": str(RETRY_AFTER_S)})
 
 
 def _refuse(errors: Mapping[int, RowError]) -> None:

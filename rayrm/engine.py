@@ -7,7 +7,7 @@ Knows nothing of Ray; a replica of the service holds one of these.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -138,20 +138,22 @@ class RewardModel:
     def score(
         self,
         prompts: Texts,
-        responses: Texts,
+        responses: Texts | None = None,
         *,
+        groups: Sequence[Texts] | None = None,
         finished: Sequence[bool] | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
     ) -> Rewards:
         """Rewards of N responses, each to the prompt at its place.
 
+        Or of groups: for each prompt a list of responses, whose rewards come one after the other.
         Equal prompts are computed once, unless the model is deterministic. A row is text,
         messages, or token ids, which are scored exactly as given. finished: False where the sampler
         cut the response off. tokenizer: what made the ids, or its fingerprint; another tokenizer's
         ids are errors. A bad row gets its RowError and NaN, the others are scored. Raises
         ValueError where the lists differ in length.
         """
-        rows = make_rows(prompts, responses, finished)
+        rows = make_rows(prompts, responses, finished, groups)
         warn_unnamed_ids(rows, tokenizer)
         encoded = self.encode(rows, tokenizer)
         return self.collect(encoded, self.score_groups(encoded.groups))
@@ -232,12 +234,19 @@ class RewardModel:
     def _score_pack(self, groups: Sequence[TokenGroup]) -> NDArray[np.float32]:
         return self.net.score_pack(Pack.from_groups(groups)).cpu().numpy()
 
-    def collect(self, encoded: Encoded, values: Sequence[NDArray[np.float32]]) -> Rewards:
-        """Groups' rewards back at their rows' places."""
+    def collect(
+        self,
+        encoded: Encoded,
+        values: Sequence[NDArray[np.float32]],
+        failed: Sequence[Mapping[int, RowError]] | None = None,
+    ) -> Rewards:
+        """Groups' rewards back at their rows' places; and the errors of those that failed."""
         rewards = np.full(len(encoded.errors), np.nan, dtype=np.float32)
-        for owners, group_values in zip(encoded.owners, values, strict=True):
-            rewards[owners] = group_values
         errors = list(encoded.errors)
+        for g, owners in enumerate(encoded.owners):
+            rewards[owners] = values[g]
+            for r, error in (failed[g] if failed else {}).items():
+                errors[owners[r]] = error
         for i in np.flatnonzero(~np.isfinite(rewards)):
             errors[i] = errors[i] or NonFiniteReward(f"the model gave {rewards[i]} for this row")
             rewards[i] = np.nan
@@ -274,9 +283,25 @@ def plan_for_threads(costs: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def make_rows(
-    prompts: Texts, responses: Texts, finished: Sequence[bool] | None = None
+    prompts: Texts,
+    responses: Texts | None,
+    finished: Sequence[bool] | None = None,
+    groups: Sequence[Texts] | None = None,
 ) -> list[Row]:
-    """Rows of N prompts and N responses; ValueError where the lengths differ."""
+    """Rows of N prompts and N responses, or of prompts and the group of responses to each.
+
+    ValueError where the lengths differ.
+    """
+    if (responses is None) == (groups is None):
+        raise ValueError("give responses, one for each prompt, or groups, a list for each prompt")
+    if groups is not None:
+        if len(prompts) != len(groups) or any(isinstance(group, str) for group in groups):
+            raise ValueError(
+                f"{len(prompts)} prompts, {len(groups)} groups: give a list of responses per prompt"
+            )
+        prompts = [p for p, group in zip(prompts, groups, strict=True) for _ in group]
+        responses = [response for group in groups for response in group]
+    assert responses is not None
     finished = [True] * len(responses) if finished is None else finished
     if isinstance(prompts, str) or isinstance(responses, str):
         raise ValueError("prompts and responses are lists, one response for each prompt")

@@ -7,12 +7,16 @@
     ├── ExportError          an export that is missing, too new, pickled, or not what was recorded
     ├── TrainingError        a run that cannot go on: NaN, a name used for another config
     ├── ServiceError         the reward service as a whole: no such application, gave up retrying
+    │   ├── Overloaded       its queues are full: when to come back
+    │   ├── VersionGone      a step is pinned to a model that is not served any more
+    │   └── StepTimeout      a step was not scored in time
     └── RowError             one row of a scoring call; the other rows are scored
         ├── EmptyResponse
         ├── RowTooLong
         ├── InvalidRow       not text, messages or ids; a template that refuses the messages
         ├── InvalidTokenIds  out of range, or made by another tokenizer
-        └── NonFiniteReward
+        ├── NonFiniteReward
+        └── RowFailed        the model raises for this row, and not for others
 
 Knows nothing of the rest of the package. Messages say what, where and what would be right.
 """
@@ -48,6 +52,22 @@ class ServiceError(RayrmError, RuntimeError):
     """The reward service cannot answer."""
 
 
+class Overloaded(ServiceError):
+    """The replicas have as much waiting as they take. retry_after_s: when to come back, seconds."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class VersionGone(ServiceError):
+    """The version that a step is pinned to is not served, or not any more."""
+
+
+class StepTimeout(ServiceError, TimeoutError):
+    """A step was not scored within its timeout_s; what was left of it is cancelled."""
+
+
 class RowError(RayrmError, ValueError):
     """One row cannot be scored; carried in the result beside the other rows' rewards."""
 
@@ -70,3 +90,7 @@ class InvalidTokenIds(RowError):
 
 class NonFiniteReward(RowError):
     """The model gave NaN or infinity."""
+
+
+class RowFailed(RowError):
+    """The model raised for this row and for no other: the message says what."""

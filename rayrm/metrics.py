@@ -130,6 +130,13 @@ class ServeMetrics:
         self.reward_std = Gauge(
             "rayrm_serve_reward_std", f"Standard deviation of the same {RECENT} rewards"
         )
+        self.refusals = Counter(
+            "rayrm_serve_refusals", "Requests sent back to be sent again, by reason", ("kind",)
+        )
+        self.rows_found = Counter(
+            "rayrm_serve_rows_found", "Rows not computed, since their reward was known or coming"
+        )
+        self._found = 0
         self._waiting = 0
         self._recent = np.empty(0, dtype=np.float32)
 
@@ -159,6 +166,15 @@ class ServeMetrics:
         finally:
             self._waiting -= tokens
             self.waiting_tokens.set(self._waiting)
+
+    def refused(self, refusal: Exception) -> None:
+        self.refusals.inc(1, {"kind": type(refusal).__name__})
+
+    def found(self, rows: int) -> None:
+        """Tell how many rows in all were found."""
+        if rows > self._found:
+            self.rows_found.inc(rows - self._found)
+        self._found = rows
 
     def scored(self, values: NDArray[np.float32], errors: Sequence[Exception | None]) -> None:
         """Tell of a request's rewards, float32 [N] and NaN where errors [N] has one."""

@@ -1,50 +1,58 @@
 """The Serve application: replicas that merge what several callers send into full packs.
 
-deploy() starts it, and build() from a Serve config. A Replica holds one RewardModel, its TokenQueue
-decides what is computed next; with http.enabled, an Endpoint answers in front of the replicas.
-Knows nothing of how a step is cut into chunks, and nothing of training.
+deploy() starts it or gives it another export, rollback() the one before, and build() makes it from
+a Serve config. A Replica holds the Models, its TokenQueue decides what is computed next; with
+http.enabled, an Endpoint answers in front of the replicas. Knows nothing of how a step is cut into
+chunks, and nothing of training.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
+import logging
 import os
 import time
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 import torch
-from numpy.typing import NDArray
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.context import _get_global_client
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
 
+from rayrm.autoscale import OUTSTANDING, OutstandingTokens
+from rayrm.callers import CallsInProgress, Ticket
 from rayrm.chunk import Chunk
 from rayrm.client import REPLICA
 from rayrm.config import HttpSection, ServeConfig
 from rayrm.endpoint import Endpoint
 from rayrm.engine import Encoded, RewardModel, Rewards
-from rayrm.errors import ConfigError, ServiceError
+from rayrm.errors import ConfigError, Overloaded, ServiceError, VersionGone
+from rayrm.export import read_record as read_export_record
 from rayrm.foreign import open_model, pinned
+from rayrm.known import KnownRewards
 from rayrm.metrics import ServeMetrics
 from rayrm.model import check_max_length, load_config
 from rayrm.packing import TokenGroup
+from rayrm.queue import ModelBroken, TokenQueue
+from rayrm.versions import Models, Record, Served, read_record, write_record
 
-Values = NDArray[np.float32]
-Compute = Callable[[Sequence[TokenGroup]], Sequence[Values]]
+logger = logging.getLogger("ray.serve")
 
 # Serve's default of 5 would leave a replica nothing to merge; its own queue counts tokens instead.
 MAX_ONGOING_REQUESTS = 1024
 
-# The chunks of a step arrive within milliseconds of each other. An idle replica that began with the
-# first would compute it on one thread, or in a small pack, while the others wait.
-GATHER_S = 0.01
+# How often replicas are asked whether they hold what is staged, and how long they may take to say.
+STAGING_POLL_S = 0.5
+STAGING_TIMEOUT_S = 10.0
 
 # What a Serve config has its own keys for.
 ELSEWHERE = {
@@ -58,14 +66,72 @@ ELSEWHERE = {
 def deploy(config: ServeConfig) -> None:
     """Serve an export as an application that clients call by its name; returns when all are ready.
 
-    Connects as ray.init() does if nobody has. Deploying a name again replaces its replicas. Raises
-    ExportError, ModelError or ConfigError before anything starts, ServiceError if a replica fails
-    to start.
+    Connects as ray.init() does if nobody has. Where the application runs, a new export is loaded
+    beside the one that is served and takes over when every replica has it; anything else that is
+    new replaces the replicas. Raises ExportError, ModelError or ConfigError before anything starts,
+    ServiceError if replicas fail to start or to load.
     """
-    config = locate_export(config)
+    config, served = locate_export(config)
     if not ray.is_initialized():
         ray.init()
     _start_serve(config.http)
+    there = serve.status().applications.get(config.app)
+    running = read_record(config.app) if there and there.status == "RUNNING" else None
+    if running and running.current != served:
+        running = swap(running, served)
+    if running is None or running.config != config:
+        new = Record(config=config, started=config.export, current=served)
+        write_record(new.model_copy(update={"previous": running and running.previous}))
+        _run(config)
+
+
+def rollback(app: str) -> Served:
+    """Serve again what the application served before; says what that is."""
+    record = read_record(app)
+    if record is None or record.previous is None:
+        raise ServiceError(f"application {app!r} has no version before this one")
+    deploy(record.config.model_copy(update={"export": record.previous.export}))
+    return record.previous
+
+
+def swap(running: Record, served: Served) -> Record:
+    """Let every replica load it beside what it serves, then make it the current one.
+
+    Raises ServiceError, and leaves things as they are, where a replica cannot load it.
+    """
+    app = running.config.app
+    staged = running.model_copy(update={"staged": served})
+    write_record(staged)
+    handle = serve.get_deployment_handle(REPLICA, app)
+    try:
+        while not _all_hold(handle, served):
+            if read_record(app) != staged:
+                raise ServiceError(f"application {app!r} was deployed by somebody else meanwhile")
+            time.sleep(STAGING_POLL_S)
+    except ServiceError:
+        if read_record(app) == staged:
+            write_record(running)
+        raise
+    config = running.config.model_copy(update={"export": served.export})
+    after = {"config": config, "current": served, "previous": running.current, "staged": None}
+    write_record(swapped := running.model_copy(update=after))
+    return swapped
+
+
+def _all_hold(handle: DeploymentHandle[Any], served: Served) -> bool:
+    try:
+        replicas = handle.broadcast("catch_up").results(timeout_s=STAGING_TIMEOUT_S)
+    except (TimeoutError, RayActorError):  # one of them died or hangs: Serve replaces it
+        return False
+    except DeploymentUnavailableError:  # none is there: those that come will load it
+        return True
+    for replica in replicas:
+        if why := replica["failed"].get(served.version):
+            raise ServiceError(f"a replica cannot load {served.export}: {why}")
+    return all(served.version in replica["versions"] for replica in replicas)
+
+
+def _run(config: ServeConfig) -> None:
     prefix = config.http.route_prefix if config.http.enabled else None
     try:
         serve.run(application(config), name=config.app, route_prefix=prefix)
@@ -93,17 +159,20 @@ def build(args: dict[str, Any]) -> Application:
     return application(config)
 
 
-def locate_export(config: ServeConfig) -> ServeConfig:
+def locate_export(config: ServeConfig) -> tuple[ServeConfig, Served]:
     """The config with its export found, and named so that every node finds it.
 
     Raises ExportError, ModelError or ConfigError.
     """
     if "://" in config.export:
-        return config
-    directory, _ = open_model(config.export)
+        export = read_export_record(config.export)
+        return config, Served(export=config.export, version=export.version)
+    directory, export = open_model(config.export)
     if config.max_length is not None:
         check_max_length(config.max_length, load_config(str(directory)))
-    return config.model_copy(update={"export": pinned(config.export, directory)})
+    where = pinned(config.export, directory)
+    located = config.model_copy(update={"export": where})
+    return located, Served(export=where, version=export.version)
 
 
 def _start_serve(http: HttpSection) -> None:
@@ -133,7 +202,7 @@ def application(config: ServeConfig) -> Application:
     }
     deployment = serve.deployment(
         name=REPLICA,
-        num_replicas=config.replicas,
+        **scale(config),
         ray_actor_options=actor_options,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         health_check_period_s=min(10.0, config.hang_timeout_s),
@@ -154,53 +223,118 @@ def application(config: ServeConfig) -> Application:
     return endpoint(Endpoint).bind(config, replicas)
 
 
+def scale(config: ServeConfig) -> dict[str, Any]:
+    """Serve's options for the number of replicas."""
+    wanted = config.autoscale
+    if wanted.max_replicas is None:
+        return {"num_replicas": config.replicas}
+    policy = AutoscalingPolicy(
+        policy_function=OutstandingTokens,
+        policy_kwargs={"tokens_per_replica": wanted.tokens_per_replica},
+    )
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=wanted.min_replicas,
+            max_replicas=wanted.max_replicas,
+            upscale_delay_s=wanted.upscale_delay_s,
+            downscale_delay_s=wanted.downscale_delay_s,
+            policy=policy,
+        )
+    }
+
+
 class Replica:
-    """One copy of the model, behind a Serve handle."""
+    """One copy of the model, behind a Serve handle; of two versions while a new one comes."""
 
     def __init__(self, config: ServeConfig) -> None:
+        app = serve.get_replica_context().app_name
         self.config = config
-        self.calls = 0
+        self.calls = self.refused = 0
         self.metrics = ServeMetrics()
-        self.model = load_replica(config)
-        warm_up(self.model)
-        self.queue = TokenQueue(
-            self.model.score_groups, config.tokens_per_pack, config.max_queue_tokens
-        )
+        self.in_progress = CallsInProgress()
+        self.queue = TokenQueue(config.tokens_per_pack, config.max_queue_tokens)
+        self.known = KnownRewards(config.cache_bytes)
+        self.models = Models(app, config, self._load)
         self._tokenizing = ThreadPoolExecutor(1, "tokenize")
 
-    async def score(self, chunk: Chunk) -> Rewards:
-        """Rewards of a chunk's rows, in its order."""
+    async def score(self, chunk: Chunk, ticket: Ticket) -> Rewards | Overloaded | VersionGone:
+        """Rewards of a chunk's rows, in its order; or why they are not scored here and now."""
         self.calls += 1
-        loop = asyncio.get_running_loop()
-        with self.metrics.request(len(chunk.finished)):
-            encoded = await loop.run_in_executor(self._tokenizing, self._encode, chunk)
-            with self.metrics.waiting(sum(group.tokens for group in encoded.groups)):
-                values = await self.queue.score(encoded.groups)
-            rewards = self.model.collect(encoded, values)
-            self.metrics.scored(rewards.values, rewards.errors)
-            return rewards
+        self.in_progress.note(ticket)
+        self.queue.share = self.in_progress.share()
+        try:
+            with self.queue.admit(ticket.caller, chunk.cost), self.in_progress.call(ticket):
+                model = await self.models.get(ticket.version)
+                return await self._score(model, chunk, ticket)
+        except (Overloaded, VersionGone) as refusal:
+            self.refused += 1
+            self.metrics.refused(refusal)
+            return refusal  # raised, it would be logged by Serve with its traceback
+        except ModelBroken:
+            logger.exception(f"step={ticket.step} part={ticket.part} this replica ends itself")
+            os._exit(1)  # Serve starts another, and callers send again what this one had
 
-    def _encode(self, chunk: Chunk) -> Encoded:
-        return self.model.encode(chunk.rows(), chunk.tokenizer)
+    async def _score(self, model: RewardModel, chunk: Chunk, ticket: Ticket) -> Rewards:
+        loop, started = asyncio.get_running_loop(), time.perf_counter()
+        with self.metrics.request(len(chunk.finished)):
+            encoded = await loop.run_in_executor(self._tokenizing, encode, model, chunk)
+            tokens = sum(group.tokens for group in encoded.groups)
+            compute = partial(self.queue.score, compute=model.score_groups, caller=ticket.caller)
+            with self.metrics.waiting(tokens):
+                scored = await self.known.score(model.version, encoded.groups, compute)
+            self.metrics.found(self.known.rows_found)
+            values, errors = [s.values for s in scored], [s.errors for s in scored]
+            rewards = model.collect(encoded, values, errors)
+            self.metrics.scored(rewards.values, rewards.errors)
+        logger.info(
+            f"step={ticket.step} part={ticket.part} caller={ticket.caller.name} "
+            f"version={model.version} rows={len(rewards)} tokens={tokens} "
+            f"errors={len(rewards) - rewards.errors.count(None)} "
+            f"took={time.perf_counter() - started:.3f}s"
+        )
+        return rewards
+
+    def _load(self, config: ServeConfig) -> RewardModel:
+        model = load_replica(config)
+        self.queue.alone(lambda: warm_up(model))
+        return model
 
     def check_health(self) -> None:
         """Serve asks this every few seconds and replaces a replica that keeps raising."""
         if self.queue.seconds_per_pack > self.config.hang_timeout_s:
             raise ServiceError(
                 f"a pack has been computing for {self.queue.seconds_per_pack:.0f} s, "
-                f"hang_timeout_s is {self.config.hang_timeout_s:g}"
+                f"hang_timeout_s is {self.config.hang_timeout_s:g}; waiting: {self.in_progress}"
             )
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks this for its autoscaling policy: autoscale.py."""
+        return {OUTSTANDING: float(self.in_progress.outstanding())}
+
+    def catch_up(self) -> dict[str, Any]:
+        """Compare with what is wanted, soon; stats as they are."""
+        self.models.hasten()
+        return self.stats()
 
     def stats(self) -> dict[str, Any]:
         """What this replica did since it started, and what waits."""
         return {
             "pid": os.getpid(),
-            "version": self.model.version,
+            "version": self.models.current,
+            "versions": sorted(self.models.held),
+            "failed": self.models.failed,
             "calls": self.calls,
-            "forwards": self.model.forwards,
+            "refused": self.refused,
+            "forwards": self.models.held[self.models.current].forwards,
             "computed_tokens": self.queue.computed_tokens,
             "queued_tokens": self.queue.queued_tokens,
+            "admitted_tokens": self.queue.admitted_tokens,
+            "rows_found": self.known.rows_found,
         }
+
+
+def encode(model: RewardModel, chunk: Chunk) -> Encoded:
+    return model.encode(chunk.rows(), chunk.tokenizer)
 
 
 def load_replica(config: ServeConfig) -> RewardModel:
@@ -225,122 +359,3 @@ def warm_up(model: RewardModel) -> None:
     row = np.zeros(longest, dtype=np.int32)
     model.score_groups([TokenGroup(row[:0], (row,))] * (model.tokens_per_pack // longest))
     model.forwards = 0
-
-
-@dataclass(eq=False)
-class _Call:
-    """One caller's groups, their values as they come, and the future that waits for all."""
-
-    groups: Sequence[TokenGroup]
-    done: asyncio.Future[list[Values]]
-    values: dict[int, Values] = field(default_factory=dict)
-
-    def deliver(self, g: int, values: Values) -> None:
-        self.values[g] = values
-        if len(self.values) == len(self.groups) and not self.done.done():
-            self.done.set_result([self.values[g] for g in range(len(self.groups))])
-
-    def fail(self, error: Exception) -> None:
-        if not self.done.done():
-            self.done.set_exception(error)
-
-
-@dataclass(frozen=True, eq=False)
-class _Place:
-    """The g-th group of a call, waiting."""
-
-    call: _Call
-    g: int
-    group: TokenGroup
-
-
-class TokenQueue:
-    """Groups of many callers on their way through one model, in order of arrival, a pack a time.
-
-    Holds max_tokens at most: what does not fit waits outside, a call that is larger is let in
-    alone. compute runs on a thread of its own; what it raises goes to the callers whose groups
-    were in the pack, and to nobody else. The groups of a cancelled caller are not computed.
-    """
-
-    def __init__(self, compute: Compute, tokens_per_pack: int, max_tokens: int) -> None:
-        self.compute = compute
-        self.tokens_per_pack = tokens_per_pack
-        self.max_tokens = max_tokens
-        self.queued_tokens = 0
-        self.computed_tokens = 0
-        self._waiting: list[_Place] = []
-        self._door = asyncio.Lock()
-        self._room = asyncio.Event()
-        self._draining: asyncio.Task[None] | None = None
-        self._computing = ThreadPoolExecutor(1, "compute")
-        self._pack_since: tuple[float, int] | None = None
-
-    async def score(self, groups: Sequence[TokenGroup]) -> list[Values]:
-        """Rewards of every group's responses, float32 [responses] each."""
-        if not groups:
-            return []
-        call = _Call(groups, asyncio.get_running_loop().create_future())
-        try:
-            await self._enter([_Place(call, g, group) for g, group in enumerate(groups)])
-            return await call.done
-        finally:
-            self._remove([place for place in self._waiting if place.call is call])
-
-    async def _enter(self, places: list[_Place]) -> None:
-        tokens = _tokens(places)
-        async with self._door:  # first come, first served: a large call is not overtaken for ever
-            while self.queued_tokens and self.queued_tokens + tokens > self.max_tokens:
-                self._room.clear()
-                await self._room.wait()
-            self._waiting += places
-            self.queued_tokens += tokens
-        if self._draining is None or self._draining.done():
-            self._draining = asyncio.create_task(self._drain())
-
-    async def _drain(self) -> None:
-        """Compute until nothing waits."""
-        loop = asyncio.get_running_loop()
-        await asyncio.sleep(GATHER_S)
-        while self._waiting:
-            pack = self._next_pack()
-            self._pack_since = time.monotonic(), math.ceil(_tokens(pack) / self.tokens_per_pack)
-            try:
-                groups = [place.group for place in pack]
-                values = await loop.run_in_executor(self._computing, self.compute, groups)
-            except Exception as error:
-                for place in pack:
-                    place.call.fail(error)
-            else:
-                self.computed_tokens += _tokens(pack)
-                for place, group_values in zip(pack, values, strict=True):
-                    place.call.deliver(place.g, group_values)
-            self._pack_since = None
-
-    def _next_pack(self) -> list[_Place]:
-        """Take the group that has waited longest, and of the others what fits beside it."""
-        pack: list[_Place] = []
-        room = self.tokens_per_pack
-        for place in self._waiting:
-            if not pack or place.group.tokens <= room:
-                pack.append(place)
-                room -= place.group.tokens
-        self._remove(pack)
-        return pack
-
-    def _remove(self, places: list[_Place]) -> None:
-        gone = set(places)
-        self._waiting = [place for place in self._waiting if place not in gone]
-        self.queued_tokens -= _tokens(places)
-        self._room.set()
-
-    @property
-    def seconds_per_pack(self) -> float:
-        """How long the current pack has been computing; a group larger than a pack is several."""
-        if self._pack_since is None:
-            return 0.0
-        since, packs = self._pack_since
-        return (time.monotonic() - since) / packs
-
-
-def _tokens(places: Sequence[_Place]) -> int:
-    return sum(place.group.tokens for place in places)

@@ -66,6 +66,12 @@ def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_export(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="session")
+def other_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another one, of other weights and so another version."""
+    return make_export(tmp_path_factory.mktemp("other"), initializer_range=0.3)
+
+
 def samples_at(url: str, key: str, value: str) -> dict[str, float]:
     """What Prometheus would scrape there of rayrm with the tag: by name, or name and kind."""
     with urllib.request.urlopen(url) as response:

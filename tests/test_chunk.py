@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from rayrm.chunk import CHUNK_TOKENS, CHUNKS_PER_REPLICA, Key, Step, _cost, to_chunk
+from rayrm.chunk import CHUNKS_PER_REPLICA, MIN_CHUNK_TOKENS, Key, Step, _cost, to_chunk
 from rayrm.engine import make_rows
 from rayrm.template import Row, is_ids
+
+PACK = 8192
 
 
 def step_of(groups: int, responses: int, prompt: int = 200, response: int = 100) -> Step:
@@ -38,7 +40,7 @@ def test_rows_arrive_as_they_were_sent() -> None:
         Row([2**31], [2**70]),
     ]
     step = Step(rows)
-    (keys,) = step.cut(1)
+    (keys,) = step.cut(1, PACK)
     chunk = pickle.loads(pickle.dumps(to_chunk(keys, "fingerprint")))
     sent = [rows[step.places[key][0]] for key in keys]
     assert [_plain(row) for row in chunk.rows()] == [_plain(row) for row in sent]
@@ -54,7 +56,7 @@ def _plain(row: Row) -> list[Any]:
 
 def test_chunks_hold_every_distinct_row_once_and_whole_groups() -> None:
     many = step_of(64, 8)
-    chunks = many.cut(replicas=2)
+    chunks = many.cut(2, PACK)
     assert sorted(map(str, (key for chunk in chunks for key in chunk))) == sorted(
         map(str, many.places)
     )
@@ -64,9 +66,9 @@ def test_chunks_hold_every_distinct_row_once_and_whole_groups() -> None:
 
 def test_chunks_cost_about_the_same() -> None:
     for groups, replicas in ((64, 2), (16, 2), (256, 8)):
-        chunks = step_of(groups, 8).cut(replicas)
+        chunks = step_of(groups, 8).cut(replicas, PACK)
         costs = [_tokens(chunk) for chunk in chunks]
-        low, high = CHUNK_TOKENS
+        low, high = MIN_CHUNK_TOKENS, PACK / 2
         assert min(costs) > 0.7 * max(costs)
         assert 0.5 * low < np.mean(costs) < 1.1 * high
         assert len(chunks) >= min(CHUNKS_PER_REPLICA * replicas, sum(costs) // low)
@@ -78,12 +80,12 @@ def _tokens(chunk: list[Key]) -> float:
 
 
 def test_only_a_group_larger_than_a_chunk_is_cut_and_not_for_its_prompt() -> None:
-    chunks = step_of(1, 64, prompt=100, response=200).cut(replicas=2)
+    chunks = step_of(1, 64, prompt=100, response=200).cut(2, PACK)
     assert len(chunks) > 4
-    assert max(map(_tokens, chunks)) < 1.2 * CHUNK_TOKENS[1]
+    assert max(map(_tokens, chunks)) < 1.2 * PACK / 2
 
     long_prompt = step_of(1, 64, prompt=8000, response=200)
-    assert len(long_prompt.cut(replicas=2)) == 1
+    assert len(long_prompt.cut(2, PACK)) == 1
 
 
 def test_the_same_row_under_another_end_or_type_is_another_row() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -22,9 +23,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from rayrm.client import REPLICA, RewardClient
 from rayrm.config import ServeConfig
-from rayrm.endpoint import read_token
+from rayrm.endpoint import _on_service_error, read_token
 from rayrm.engine import RewardModel
-from rayrm.errors import ConfigError, ServiceError
+from rayrm.errors import ConfigError, Overloaded, ServiceError, StepTimeout
 from rayrm.serve import build, deploy
 from rayrm.template import fingerprint
 from tests.conftest import tiny_tokenizer
@@ -388,6 +389,17 @@ def test_a_token_that_is_missing_is_an_error_not_an_open_door(
     ):
         with pytest.raises(ConfigError, match="missing or empty"):
             token(**wrong)
+
+
+def test_whoever_is_refused_hears_when_to_come_back() -> None:
+    asked: Any = None
+    for error, status, seconds in (
+        (Overloaded("full", 1.2), 429, "2"),
+        (StepTimeout("late"), 503, "5"),
+    ):
+        answer = asyncio.run(_on_service_error(asked, error))
+        assert (answer.status_code, answer.headers["retry-after"]) == (status, seconds)
+        assert json.loads(bytes(answer.body))["message"] == str(error)
 
 
 @pytest.mark.slow

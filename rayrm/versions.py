@@ -1,0 +1,172 @@
+"""Which export an application serves: the cluster's record of it, and the models of a replica.
+
+The record lies in the GCS, so that it outlives replicas, the controller and whoever deployed. A
+replica compares itself with it when it starts and every few seconds. Knows nothing of queues.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from pydantic import BaseModel
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+
+from rayrm.config import ServeConfig
+from rayrm.engine import RewardModel
+from rayrm.errors import ExportError, VersionGone
+
+logger = logging.getLogger("ray.serve")
+
+NAMESPACE = b"rayrm"
+
+# How often a replica compares itself with the record; being told to is only faster.
+COMPARE_S = 2.0
+
+# A step that is pinned to the model before still sends chunks, after waits of some seconds too.
+LINGER_S = 10.0
+
+
+class Served(BaseModel, frozen=True):
+    """An export by its place and its version, which has a hash of its weights."""
+
+    export: str
+    version: str
+
+
+class Record(BaseModel):
+    """What an application serves. config.export is that of current.
+
+    started: the export that Serve starts replicas with, though they then load current. staged: what
+    replicas load besides, until it becomes current. previous: what a rollback is to.
+    """
+
+    config: ServeConfig
+    started: str
+    current: Served
+    staged: Served | None = None
+    previous: Served | None = None
+
+
+def read_record(app: str) -> Record | None:
+    """The application's record. Asks the GCS: a millisecond."""
+    found = _internal_kv_get(app.encode(), namespace=NAMESPACE)
+    return None if found is None else Record.model_validate_json(found)
+
+
+def write_record(record: Record) -> None:
+    key, value = record.config.app.encode(), record.model_dump_json().encode()
+    _internal_kv_put(key, value, overwrite=True, namespace=NAMESPACE)
+
+
+def delete_record(app: str) -> None:
+    _internal_kv_del(app.encode(), namespace=NAMESPACE)
+
+
+class Models:
+    """The models that a replica holds: what the record wants, and the one before while it is used.
+
+    load makes a model of a config, ready to score; it runs beside the current model.
+    """
+
+    def __init__(
+        self, app: str, config: ServeConfig, load: Callable[[ServeConfig], RewardModel]
+    ) -> None:
+        self.app = app
+        self.config = config
+        self.load = load
+        self.held: dict[str, RewardModel] = {}
+        self.failed: dict[str, str] = {}
+        self._asked: dict[str, float] = {}
+        self._changing = threading.Lock()
+        self._wake = threading.Event()
+        self.current = self._start().version
+        threading.Thread(target=self._follow, name="follow", daemon=True).start()
+
+    async def get(self, version: str) -> RewardModel:
+        """The model of that version, "" for the current one. Raises VersionGone."""
+        version = version or self.current
+        if version not in self.held:
+            await asyncio.to_thread(self._obtain, version)
+        self._asked[version] = time.monotonic()
+        return self.held[version]
+
+    def hasten(self) -> None:
+        """Compare soon."""
+        self._wake.set()
+
+    def compare(self) -> None:
+        """Load what the record wants, drop what it does not want and nobody asks for."""
+        record = read_record(self.app)
+        if record is None:  # the application is being deleted
+            return
+        with self._changing:
+            wanted = [served for served in (record.current, record.staged) if served]
+            for served in wanted:
+                if served.version not in self.held:
+                    self._try(served)
+            if record.current.version in self.held:
+                self.current = record.current.version
+            versions = {served.version for served in wanted} | {self.current}
+            for version in self.held.keys() - versions:
+                if time.monotonic() - self._asked.get(version, 0.0) > LINGER_S:
+                    del self.held[version]
+                    logger.info(f"dropped version={version}")
+            self.failed = {v: why for v, why in self.failed.items() if v in versions}
+
+    def _obtain(self, version: str) -> None:
+        """Hold what is wanted though nobody told this replica yet; what is not wanted is gone."""
+        record = read_record(self.app)
+        if record and version in {s.version for s in (record.current, record.staged) if s}:
+            self.compare()
+        if version not in self.held:
+            raise VersionGone(f"{version} is not served (any more); {self.current} is")
+
+    def _start(self) -> RewardModel:
+        """Load what is wanted: by the record, or by a Serve config that came after it."""
+        record = read_record(self.app)
+        if record and record.started == self.config.export:
+            return self._load(record.current)
+        model = self._load(None)
+        served = Served(export=self.config.export, version=model.version)
+        config = self.config.model_copy(update={"app": self.app})
+        previous = record.current if record else None
+        write_record(
+            Record(config=config, started=config.export, current=served, previous=previous)
+        )
+        return model
+
+    def _follow(self) -> None:
+        while True:
+            self._wake.wait(COMPARE_S)
+            self._wake.clear()
+            try:
+                self.compare()
+            except Exception:  # the GCS may be away for a moment: what is held goes on being served
+                logger.exception("could not compare with what is wanted")
+
+    def _try(self, served: Served) -> None:
+        try:
+            self._load(served)
+        except Exception as error:
+            logger.exception(f"could not load version={served.version}")
+            self.failed[served.version] = f"{type(error).__name__}: {error}"
+
+    def _load(self, served: Served | None) -> RewardModel:
+        """Hold what is served there, by default what the config says."""
+        config = self.config
+        if served:
+            config = config.model_copy(update={"export": served.export})
+        started = time.monotonic()
+        model = self.load(config)
+        if served and model.version != served.version:
+            raise ExportError(
+                f"{config.export} holds {model.version}, and not {served.version}, which was there "
+                "when it was deployed: deploy it again"
+            )
+        self.held[model.version] = model
+        logger.info(f"loaded version={model.version} took={time.monotonic() - started:.1f}s")
+        return model
