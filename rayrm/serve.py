@@ -307,7 +307,7 @@ class Replica:
                 f"hang_timeout_s is {self.config.hang_timeout_s:g}; waiting: {self.in_progress}"
             )
 
-    def record_autoscaling_stats(self) -> dict[str, float]:
+    async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve asks this for its autoscaling policy: autoscale.py."""
         return {OUTSTANDING: float(self.in_progress.outstanding())}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import logging
 import os
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from ray import serve
 
 from rayrm.callers import Caller, this_caller
+from rayrm.chunk import CHUNKS_PER_REPLICA
 from rayrm.client import Application, RewardClient
 from rayrm.config import ServeConfig
 from rayrm.engine import RewardModel, Rewards, make_rows
@@ -141,6 +143,22 @@ def test_a_cancelled_step_frees_the_replica(client: RewardClient, shut: Path) ->
 
     asyncio.run(give_up())
     until(lambda: waiting() == 0)
+
+
+def test_whoever_interrupts_a_step_waits_for_it_no_more(client: RewardClient, shut: Path) -> None:
+    interrupt = threading.Timer(1.0, _thread.interrupt_main)
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        client.score(*texts(40, 4))
+    until(lambda: waiting() == 0)
+
+
+def test_a_step_that_fails_sends_nothing_more(client: RewardClient) -> None:
+    calls = total(APP, "calls")
+    with pytest.raises(VersionGone):
+        client.score(*texts(400, 4), version="gone@1")
+    time.sleep(0.5)
+    assert total(APP, "calls") - calls <= CHUNKS_PER_REPLICA
 
 
 def test_a_deadline_of_one_call(client: RewardClient, shut: Path) -> None:
