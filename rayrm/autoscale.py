@@ -16,7 +16,8 @@ class OutstandingTokens:
     """A Serve autoscaling policy: a replica for every tokens_per_replica that are outstanding.
 
     Every replica hears of every caller, but not of all at the same time: the one that knows of most
-    counts. Without replicas nobody reports, and a request that waits is answered with one.
+    counts. Without replicas nobody reports, and a request that waits is answered with one. Until
+    the first report, some seconds after a replica started, nothing changes.
     """
 
     def __init__(self, tokens_per_replica: int) -> None:
@@ -26,5 +27,6 @@ class OutstandingTokens:
         if context.current_num_replicas == 0:
             return int(context.total_queued_requests > 0), {}
         reports = (context.raw_metrics or {}).get(OUTSTANDING, {}).values()
-        outstanding = max((series[-1].value for series in reports if series), default=0.0)
+        latest = [series[-1].value for series in reports if series]
+        outstanding = max(latest, default=context.current_num_replicas * self.tokens_per_replica)
         return math.ceil(outstanding / self.tokens_per_replica), {}
