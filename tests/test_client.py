@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import asyncio
 import logging
 import os
@@ -146,8 +145,8 @@ def test_a_cancelled_step_frees_the_replica(client: RewardClient, shut: Path) ->
 
 
 def test_whoever_interrupts_a_step_waits_for_it_no_more(client: RewardClient, shut: Path) -> None:
-    interrupt = threading.Timer(1.0, _thread.interrupt_main)
-    interrupt.start()
+    here = threading.get_ident()
+    threading.Timer(1.0, signal.pthread_kill, (here, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         client.score(*texts(40, 4))
     until(lambda: waiting() == 0)
