@@ -155,9 +155,10 @@ def test_whoever_interrupts_a_step_waits_for_it_no_more(client: RewardClient, sh
 def test_a_step_that_fails_sends_nothing_more(client: RewardClient) -> None:
     calls = total(APP, "calls")
     with pytest.raises(VersionGone):
-        client.score(*texts(400, 4), version="gone@1")
+        client.score(*texts(1000, 4), version="gone@1")  # of some hundred chunks
     time.sleep(0.5)
-    assert total(APP, "calls") - calls <= CHUNKS_PER_REPLICA
+    # Each that fails may have let one more go before the step heard of it.
+    assert total(APP, "calls") - calls <= 2 * CHUNKS_PER_REPLICA
 
 
 def test_a_deadline_of_one_call(client: RewardClient, shut: Path) -> None:

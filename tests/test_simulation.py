@@ -29,8 +29,10 @@ LARGE = 64
 ROWS = 100_000
 SMALL = 8
 
-# CPU seconds for cutting 100 000 rows.
+# CPU seconds for cutting 100 000 rows, and how much slower than the machine that this was measured
+# on another may be: a plan that grows with the square of the rows takes minutes.
 PLANNING_S = 1.0
+SLOWER = 4
 
 # Makespan over the ideal one: where all replicas are alike, and where one has half the speed. In
 # spite of the seed runs differ by a hundredth: the router walks sets of tasks.
@@ -64,7 +66,7 @@ def report(what: str, aim: float, outcome: Outcome) -> None:
     print(f"{what:<34} aim {aim:.2f}  {outcome}")
 
 
-def test_planning_a_hundred_thousand_rows_takes_less_than_a_second() -> None:
+def test_planning_a_hundred_thousand_rows_takes_about_a_second() -> None:
     steps = [step for (step,) in steps_of(LARGE, ROWS)]
     gc.collect()
     gc.disable()  # it would look at all that earlier tests left
@@ -78,8 +80,11 @@ def test_planning_a_hundred_thousand_rows_takes_less_than_a_second() -> None:
             assert sum(len(chunk.finished) for chunk in chunks) == len(rows)
     finally:
         gc.enable()
-    print(f"planning: {sum(taken):.2f} s for all callers, {max(taken):.3f} s for one; aim 1 s")
-    assert sum(taken) < PLANNING_S
+    print(
+        f"planning: {sum(taken):.2f} s for all callers, {max(taken):.3f} s for one; "
+        f"aim {PLANNING_S:.0f} s"
+    )
+    assert sum(taken) < SLOWER * PLANNING_S
 
 
 def test_replicas_end_about_together() -> None:
