@@ -372,7 +372,7 @@ def _kind(value: object) -> Literal["text", "messages", "ids", "none"]:
     if isinstance(value, np.ndarray):
         return "ids" if value.ndim == 1 and (value.dtype.kind in "iu" or not value.size) else "none"
     if isinstance(value, list | tuple):
-        if all(isinstance(x, int | np.integer) and not isinstance(x, bool) for x in value):
+        if all(issubclass(t, int | np.integer) and t is not bool for t in set(map(type, value))):
             return "ids"
         if _is_messages(value) and _is_json(value):
             return "messages"
