@@ -17,6 +17,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from rayrm.errors import ConfigError
 
+# What the reward of a model or an application is called beside those of its adapters.
+OWN = "default"
+
 Names = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 
 
@@ -52,7 +55,8 @@ class ModelSection(Section):
 
 class LoraSection(Section):
     """LoRA (Hu et al. 2021, arXiv:2106.09685): the head and two thin matrices a layer are trained,
-    everything else is frozen; merged into the weights in fp32 before the export."""
+    everything else is frozen; merged into the weights in fp32 before the export, which holds the
+    adapter by itself as well."""
 
     rank: int = Field(0, ge=0)
     """Of the adapters; 0 trains all weights. Above 0 needs the package peft: rayrm[lora]."""
@@ -287,6 +291,9 @@ class ServeConfig(Config):
     export: str
     """The export directory, readable from every serving node; or a directory or hub name of
     another sequence-classification reward model."""
+    adapters: dict[str, str] = {}
+    """More rewards, by name: exports of LoRA runs from the base and with the template of `export`,
+    itself one. A replica loads that base once and runs each reward as an adapter on it."""
     app: str = "rayrm"
     """Name of the Serve application, which clients call."""
     replicas: int = Field(1, ge=1)
@@ -318,6 +325,12 @@ class ServeConfig(Config):
     hang_timeout_s: float = Field(300.0, gt=0)
     """A pack that computes for longer fails the replica's health check, and Serve replaces it."""
     http: HttpSection = Field(default_factory=HttpSection)
+
+    @model_validator(mode="after")
+    def _names_its_own_reward_once(self) -> Self:
+        if OWN in self.adapters:
+            raise ValueError(f"adapters.{OWN}: that is the name of `export`'s own reward")
+        return self
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:

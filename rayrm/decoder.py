@@ -10,7 +10,9 @@ Shapes: T tokens of the pack, K responses, W width, H query heads, G key/value h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +23,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from rayrm.attention import Layout, attend_last, shared_prefix_attention
 
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
+
+# What a layer's products are made of.
+FUSED = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "out": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
 
 
 def _exact(x: Tensor) -> Tensor:
@@ -45,11 +55,36 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """b a x, which is added to what a layer gives for x: a [R, in], b [out, R], already scaled."""
+
+    a: Tensor
+    b: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.a), self.b)
+
+    @classmethod
+    def beside(cls, parts: Sequence[LowRank | None], widths: Sequence[int]) -> LowRank | None:
+        """Those of projections of the same input, which are so wide, as one; None where all are."""
+        given = [part for part in parts if part]
+        if not given:
+            return None
+        nothing = given[0].b
+        blocks = [
+            part.b if part else nothing.new_zeros(width, 0)
+            for part, width in zip(parts, widths, strict=True)
+        ]
+        return cls(torch.cat([part.a for part in given]), torch.block_diag(*blocks))
+
+
+@dataclass(frozen=True)
 class Linear:
     """Projections of the same input as one matrix product."""
 
     weight: Tensor
     bias: Tensor | None
+    low_rank: LowRank | None = None
 
     @classmethod
     def of(cls, *modules: nn.Linear) -> Linear:
@@ -63,7 +98,8 @@ class Linear:
         return cls(weight, torch.cat([module.bias.detach() for module in modules]))
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        out = F.linear(x, self.weight, self.bias)
+        return out if self.low_rank is None else out.add_(self.low_rank(x))
 
 
 @dataclass(frozen=True)
@@ -99,6 +135,20 @@ class Layer:
             Linear.of(mlp.down_proj),
         )
 
+    def adapted(self, low_rank: Mapping[str, LowRank]) -> Layer:
+        """This layer, its weights shared, with matrices added to the projections of those names."""
+        fused = {
+            name: replace(
+                getattr(self, name),
+                low_rank=LowRank.beside(
+                    [low_rank.get(part) for part in parts],
+                    [self.module.get_submodule(part).out_features for part in parts],
+                ),
+            )
+            for name, parts in FUSED.items()
+        }
+        return replace(self, **fused)
+
 
 class Decoder:
     """A backbone's layers, from token ids to what the head reads."""
@@ -116,6 +166,21 @@ class Decoder:
         self.key_heads: int = config.num_key_value_heads
         self.dtype: torch.dtype = self.embed.weight.dtype
         self.exact = torch.promote_types(self.dtype, torch.float32)
+
+    def adapted(self, low_rank: Mapping[str, LowRank]) -> Decoder:
+        """This decoder with matrices added to the linear layers that they are named after.
+
+        It shares all weights, and neither knows of the other.
+        """
+        projections = [part for parts in FUSED.values() for part in parts]
+        at = [{part: f"layers.{i}.{part}" for part in projections} for i in range(len(self.layers))]
+        assert low_rank.keys() <= {name for names in at for name in names.values()}
+        decoder = copy(self)
+        decoder.layers = [
+            layer.adapted({part: low_rank[n] for part, n in names.items() if n in low_rank})
+            for layer, names in zip(self.layers, at, strict=True)
+        ]
+        return decoder
 
     def __call__(self, ids: Tensor, positions: Tensor, last: Tensor, layout: Layout) -> Tensor:
         """int64 [T], [T], [K] → the last layer's normed output at `last`, fp32 or more [K, W]."""

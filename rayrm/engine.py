@@ -7,11 +7,12 @@ Knows nothing of Ray; a replica of the service holds one of these.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 import torch
@@ -19,8 +20,17 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rayrm.adapters import Adapter, load_backbone, put_on, read_adapters
+from rayrm.config import OWN
 from rayrm.data import Text
-from rayrm.errors import ConfigError, InvalidRow, InvalidTokenIds, NonFiniteReward, RowError
+from rayrm.errors import (
+    ConfigError,
+    InvalidRow,
+    InvalidTokenIds,
+    NonFiniteReward,
+    RowError,
+    UnknownReward,
+)
 from rayrm.export import Export
 from rayrm.foreign import open_model
 from rayrm.model import DTYPES, RewardNet, check_max_length, load_weights
@@ -71,7 +81,8 @@ class Encoded:
 class RewardModel:
     """A reward model, loaded to score; version names its weights and how rows are built.
 
-    export is its record, None where it was put together in this process. deterministic: a row's
+    export is its record, None where it was put together in this process. adapters: more rewards of
+    the same rows, by name, on the same backbone. deterministic: a row's
     reward is a function of its ids alone, bit for bit, on the same hardware, versions and settings
     of torch. Whatever else a kernel's sums could depend on is fixed: every row is a pack of its
     own, which shares nothing, and on CPU it is computed on one thread.
@@ -94,6 +105,7 @@ class RewardModel:
         self.overlong: Overlong = overlong
         self.tokens_per_pack = tokens_per_pack
         self.deterministic = deterministic
+        self.adapters: dict[str, RewardModel] = {}
         self.forwards = 0
 
     @classmethod
@@ -103,6 +115,7 @@ class RewardModel:
         device: str = "auto",
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         *,
+        adapters: Mapping[str, str | Path] | None = None,
         max_length: int | None = None,
         overlong: Overlong = "error",
         tokens_per_pack: int = 8192,
@@ -110,53 +123,114 @@ class RewardModel:
     ) -> RewardModel:
         """Load an export. auto: a GPU where there is one; the dtype it was exported in.
 
+        adapters: more rewards, by name, as exports of LoRA runs from the base and with the template
+        of this one, which then is an adapter beside them: the base is loaded once.
+
         Also loads a sequence-classification model that rayrm did not train, from a directory or a
         hub name; a warning says what is assumed of it. max_length is the training's unless given.
         Raises ExportError where the directory is missing, of a newer format, pickled, or not what
         was recorded; ModelError for a model that is not scored exactly; ConfigError for a dtype or
-        max_length that cannot be.
+        max_length that cannot be, and for adapters that cannot share a backbone.
         """
         if dtype not in ("auto", *DTYPES):
             raise ConfigError(f"dtype {dtype!r}: must be auto, {' or '.join(DTYPES)}")
-        directory, export = open_model(path)
-        spec = replace(export.template, max_length=max_length or export.template.max_length)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        kind = DTYPES[export.dtype if dtype == "auto" else dtype]
-        model = load_weights(directory, kind, torch.device(device))
-        check_max_length(spec.max_length, model.config)
-        template = Template(AutoTokenizer.from_pretrained(directory), spec)
-        return cls(
-            RewardNet(model),
-            template,
-            export=export,
-            overlong=overlong,
-            tokens_per_pack=tokens_per_pack,
-            deterministic=deterministic,
+        make = partial(
+            cls, overlong=overlong, tokens_per_pack=tokens_per_pack, deterministic=deterministic
         )
+        if adapters:
+            read = read_adapters(path, adapters, max_length)
+            return cls._on_one_backbone(read, torch.device(device), dtype, make)
+        directory, export = open_model(path)
+        spec = replace(export.template, max_length=max_length or export.template.max_length)
+        kind = DTYPES[export.dtype if dtype == "auto" else dtype]
+        weights = load_weights(directory, kind, torch.device(device))
+        check_max_length(spec.max_length, weights.config)
+        template = Template(AutoTokenizer.from_pretrained(directory), spec)
+        return make(RewardNet(weights), template, export=export)
+
+    @classmethod
+    def _on_one_backbone(
+        cls,
+        read: dict[str, Adapter],
+        device: torch.device,
+        dtype: str,
+        make: Callable[..., RewardModel],
+    ) -> RewardModel:
+        own = read[OWN]
+        kind = DTYPES[own.export.dtype if dtype == "auto" else dtype]
+        backbone = load_backbone(own, kind, device)
+        check_max_length(own.template.spec.max_length, backbone.model.config)
+        models = {}
+        for name, adapter in read.items():
+            models[name] = make(put_on(backbone, adapter), own.template, export=adapter.export)
+            models[name].version = adapter.export.adapter_version
+        model = models.pop(OWN)
+        model.adapters = models
+        return model
+
+    @overload
+    def score(
+        self,
+        prompts: Texts,
+        responses: Texts | None = None,
+        *,
+        rewards: None = None,
+        groups: Sequence[Texts] | None = None,
+        finished: Sequence[bool] | None = None,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+    ) -> Rewards: ...
+
+    @overload
+    def score(
+        self,
+        prompts: Texts,
+        responses: Texts | None = None,
+        *,
+        rewards: Sequence[str],
+        groups: Sequence[Texts] | None = None,
+        finished: Sequence[bool] | None = None,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+    ) -> dict[str, Rewards]: ...
 
     def score(
         self,
         prompts: Texts,
         responses: Texts | None = None,
         *,
+        rewards: Sequence[str] | None = None,
         groups: Sequence[Texts] | None = None,
         finished: Sequence[bool] | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
-    ) -> Rewards:
+    ) -> Rewards | dict[str, Rewards]:
         """Rewards of N responses, each to the prompt at its place.
 
         Or of groups: for each prompt a list of responses, whose rewards come one after the other.
         Equal prompts are computed once, unless the model is deterministic. A row is text,
         messages, or token ids, which are scored exactly as given. finished: False where the sampler
         cut the response off. tokenizer: what made the ids, or its fingerprint; another tokenizer's
-        ids are errors. A bad row gets its RowError and NaN, the others are scored. Raises
-        ValueError where the lists differ in length.
+        ids are errors. rewards: instead of this model's own reward, those of these names, each with
+        its Rewards; its own is "default", the others are its adapters'. A bad row gets its RowError
+        and NaN, the others are scored. Raises ValueError where the lists differ in length,
+        UnknownReward.
         """
+        models = {name: self.named(name) for name in check_names(rewards)}
         rows = make_rows(prompts, responses, finished, groups)
         warn_unnamed_ids(rows, tokenizer)
         encoded = self.encode(rows, tokenizer)
-        return self.collect(encoded, self.score_groups(encoded.groups))
+        scored = {
+            name: model.collect(encoded, model.score_groups(encoded.groups))
+            for name, model in models.items()
+        }
+        return scored[OWN] if rewards is None else scored
+
+    def named(self, reward: str) -> RewardModel:
+        """What computes the reward of that name. Raises UnknownReward."""
+        if reward == OWN:
+            return self
+        check_served([reward], self.adapters)
+        return self.adapters[reward]
 
     def encode(
         self, rows: Sequence[Row], tokenizer: str | PreTrainedTokenizerBase | None = None
@@ -280,6 +354,22 @@ def plan_for_threads(costs: Sequence[int], budget: int) -> list[list[int]]:
     """As plan_packs, in small packs of about equal cost, so that no thread waits for another."""
     shares = share_packs(costs, torch.get_num_threads(), min(budget, CPU_PACK))
     return [pack for turn in zip(*shares, strict=True) for pack in turn if pack]
+
+
+def check_names(rewards: Sequence[str] | None) -> Sequence[str]:
+    """The rewards that a call asks for, by default the own one. ValueError for none, or text."""
+    if rewards is not None and (isinstance(rewards, str) or not rewards):
+        raise ValueError(f"rewards = {rewards!r}: give a list of names")
+    return [OWN] if rewards is None else rewards
+
+
+def check_served(rewards: Sequence[str], adapters: Collection[str]) -> None:
+    """Raises UnknownReward."""
+    there = [OWN, *adapters]
+    if unknown := [name for name in rewards if name not in there]:
+        raise UnknownReward(
+            f"no reward {', '.join(map(repr, unknown))}; there are {', '.join(map(repr, there))}"
+        )
 
 
 def make_rows(

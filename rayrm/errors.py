@@ -5,6 +5,7 @@
     ├── DataError            a preference record: file, row and field
     ├── ModelError           a base model that is missing or that cannot be scored exactly
     ├── ExportError          an export that is missing, too new, pickled, or not what was recorded
+    ├── UnknownReward        a reward's name that the model or the application does not have
     ├── TrainingError        a run that cannot go on: NaN, a name used for another config
     ├── ServiceError         the reward service as a whole: no such application, gave up retrying
     │   ├── Overloaded       its queues are full: when to come back
@@ -42,6 +43,10 @@ class ModelError(RayrmError, ValueError):
 
 class ExportError(RayrmError, ValueError):
     """An export is missing, of a newer format, pickled, or differs from its recorded hash."""
+
+
+class UnknownReward(RayrmError, LookupError):
+    """No reward of that name: neither the model's or application's own, nor an adapter's."""
 
 
 class TrainingError(RayrmError, RuntimeError):

@@ -22,13 +22,33 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rayrm.errors import ExportError
 from rayrm.template import TemplateSpec
 
-FORMAT_VERSION = 1
+# 2: adapter.
+FORMAT_VERSION = 2
 RECORD = "rayrm.json"
+
+# The adapter by itself, in the format of peft, below a LoRA run's export.
+ADAPTER = "adapter"
+
+
+class AdapterRecord(BaseModel):
+    """What the adapter of an export is and belongs on.
+
+    base names the model whose backbone was frozen; backbone_sha256 is over that backbone's weights
+    in the export's dtype. The adapter's low-rank products are multiplied by scale.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base: str
+    backbone_sha256: str
+    weights_sha256: str
+    scale: float
 
 
 class Export(BaseModel):
     """The contents of rayrm.json.
 
+    adapter: of a LoRA run, what is in adapter/ besides the merged weights.
     reward_mean and reward_std are over the held-out responses (None without held-out data);
     evaluation is summarize's dict; rounding: how far rewards moved when the weights were rounded to
     dtype and computed in it (mean_abs, max_abs over so many held-out rows); history holds the
@@ -43,6 +63,7 @@ class Export(BaseModel):
     dtype: Literal["bfloat16", "float32"]
     template: TemplateSpec
     weights_sha256: str
+    adapter: AdapterRecord | None = None
     reward_mean: float | None = None
     reward_std: float | None = None
     evaluation: dict[str, Any] = {}
@@ -53,7 +74,21 @@ class Export(BaseModel):
     @property
     def version(self) -> str:
         """Name and content hash: equal exactly if the same rows get the same rewards."""
-        content = self.weights_sha256 + self.dtype + json.dumps(self.template.__dict__)
+        return self._named(self.weights_sha256)
+
+    @property
+    def adapter_version(self) -> str:
+        """The version of the adapter on its backbone, which rounds otherwise than merged weights.
+
+        Of exports that have an adapter.
+        """
+        assert self.adapter
+        return self._named(
+            f"{self.adapter.backbone_sha256}{self.adapter.weights_sha256}{self.adapter.scale}"
+        )
+
+    def _named(self, weights: str) -> str:
+        content = weights + self.dtype + json.dumps(self.template.__dict__)
         return f"{self.name}@{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
     def write(self, directory: Path) -> None:
@@ -83,6 +118,28 @@ def read_export(path: str | Path) -> tuple[Path, Export]:
         raise ExportError(
             f"the weights in {directory} are not the ones {RECORD} records: sha256 {found[:12]}…, "
             f"recorded {export.weights_sha256[:12]}…"
+        )
+    return directory, export
+
+
+def read_adapter(path: str | Path) -> tuple[Path, Export]:
+    """As read_export, for the sake of the adapter: merged weights are neither fetched nor read.
+
+    Raises ExportError, also where the export has no adapter.
+    """
+    remote = "://" in str(path)
+    directory = _fetch(str(path), merged=False) if remote else Path(path)
+    export = read_record(str(directory))
+    if export.adapter is None:
+        raise ExportError(
+            f"{path} has no adapter: only exports of runs with lora.rank above 0 have one, since "
+            f"format version 2 (this is {export.format_version})"
+        )
+    found, recorded = hash_weights(directory / ADAPTER), export.adapter.weights_sha256
+    if found != recorded:
+        raise ExportError(
+            f"the adapter in {directory / ADAPTER} is not the one {RECORD} records: sha256 "
+            f"{found[:12]}…, recorded {recorded[:12]}…"
         )
     return directory, export
 
@@ -155,6 +212,10 @@ def write_model_card(directory: Path, export: Export) -> None:
             f"| held-out accuracy | {accuracy:.3f} on {evaluation['pairs']} pairs |",
             f"| held-out rewards | mean {export.reward_mean:.3f}, std {export.reward_std:.3f} |",
         ]
+    if export.adapter:
+        lines.append(
+            f"| adapter by itself | `{ADAPTER}/`, for peft; version `{export.adapter_version}` |"
+        )
     if export.rounding:
         lines.append(
             f"| moved by rounding to {export.dtype} | {export.rounding['mean_abs']:.2g} on "
@@ -174,8 +235,8 @@ directory as `AutoModelForSequenceClassification`; pass `dtype="float32"` to kee
     (directory / "README.md").write_text("\n".join(lines) + "\n" + use)
 
 
-def _fetch(uri: str) -> Path:
-    """Copy a remote export into the user's cache, once per content."""
+def _fetch(uri: str, *, merged: bool = True) -> Path:
+    """Copy a remote export into the user's cache, once per content; or all but merged weights."""
     try:
         remote, path = fs.FileSystem.from_uri(uri)
     except ArrowInvalid as error:
@@ -183,12 +244,21 @@ def _fetch(uri: str) -> Path:
     if remote.get_file_info(f"{path}/{RECORD}").type == fs.FileType.NotFound:
         raise ExportError(f"no export at {uri}: looked for {RECORD} in it")
     with remote.open_input_file(f"{path}/{RECORD}") as record:
-        content = hashlib.sha256(record.read()).hexdigest()[:16]
+        content = hashlib.sha256(record.read()).hexdigest()[:16] + ("" if merged else "-adapter")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rayrm" / "exports"
     if not (cache / content).exists():
         cache.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=cache))
-        fs.copy_files(path, str(partial), source_filesystem=remote)
+        if merged:
+            fs.copy_files(path, str(partial), source_filesystem=remote)
+        else:
+            for file in remote.get_file_info(fs.FileSelector(path, recursive=True)):
+                inside = Path(file.path).relative_to(path)
+                merged_weights = inside.suffix == ".safetensors" and inside.parent == Path()
+                if not file.is_file or merged_weights:
+                    continue
+                (partial / inside).parent.mkdir(exist_ok=True)
+                fs.copy_files(file.path, str(partial / inside), source_filesystem=remote)
         _rename(partial, cache / content)
     return cache / content
 

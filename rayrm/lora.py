@@ -8,14 +8,18 @@ of it. Knows nothing of how adapters are trained; peft is imported only where on
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rayrm.adapters import save_adapter
 from rayrm.config import LoraSection
 from rayrm.errors import ConfigError, TrainingError
+from rayrm.export import AdapterRecord
 
 ALL_LINEAR = "all-linear"
 
@@ -25,21 +29,47 @@ def add_adapters(model: PreTrainedModel, lora: LoraSection, seed: int) -> None:
 
     The head stays trainable. Raises ConfigError where a target names no linear layer.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import inject_adapter_in_model
 
     everything = lora.targets == [ALL_LINEAR]
     if not everything:
         check_targets(model, lora.targets)
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=ALL_LINEAR if everything else lora.targets,
-        fan_in_fan_out=model.config.model_type == "gpt2",  # its weights are transposed
-    )
+    config = peft_config(model, lora, ALL_LINEAR if everything else lora.targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model.base_model)
+
+
+def peft_config(
+    model: PreTrainedModel, lora: LoraSection, targets: str | list[str], **more: Any
+) -> Any:
+    """peft's LoraConfig."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        fan_in_fan_out=model.config.model_type == "gpt2",  # its weights are transposed
+        **more,
+    )
+
+
+def export_adapter(
+    model: PreTrainedModel, lora: LoraSection, base: str, dtype: torch.dtype, directory: Path
+) -> AdapterRecord:
+    """Write the adapter and the head by themselves, as peft does and loads them onto the base."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+    names = sorted({name.rpartition(".")[2] for name in layers})
+    record = save_adapter(model, directory, base=base, dtype=dtype, scale=lora.alpha / lora.rank)
+    targets = names if lora.targets == [ALL_LINEAR] else lora.targets
+    kind = {"task_type": "SEQ_CLS", "modules_to_save": ["score"], "inference_mode": True}
+    config = peft_config(model, lora, targets, base_model_name_or_path=base, **kind)
+    config.save_pretrained(directory)
+    return record
 
 
 def check_targets(model: PreTrainedModel, targets: list[str]) -> None:

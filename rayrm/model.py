@@ -90,7 +90,7 @@ class RewardNet(nn.Module):
         """This net without gradients, by the faster layers where the model has such; for good."""
         self.eval().requires_grad_(False)
         plain = self.autocast is None and self.model.device.type == "cpu"
-        if plain and self.model.config.model_type in FAMILIES:
+        if plain and self.model.config.model_type in FAMILIES and self.decoder is None:
             self.decoder = Decoder(self.model)
         return self
 
@@ -133,8 +133,9 @@ def load_base(
     dropout: float = 0.0,
     chat_template: str | None = None,
     trust_remote_code: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """A base model in fp32 with a head, its tokenizer, and the tokenizer's fingerprint.
+    """A base model in dtype with an fp32 head, its tokenizer, and the tokenizer's fingerprint.
 
     A head that the checkpoint has is kept; a new one is drawn with std 1/√(width+1), by the seed.
     chat_template replaces the tokenizer's.
@@ -151,7 +152,7 @@ def load_base(
     model, info = AutoModelForSequenceClassification.from_pretrained(
         directory,
         config=config,
-        dtype=torch.float32,
+        dtype=dtype,
         attn_implementation=attention.NAME,
         output_loading_info=True,
         trust_remote_code=trust_remote_code,
@@ -163,7 +164,9 @@ def load_base(
             "score.bias from the checkpoint"
         )
     if pad_added:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        before = model.config.vocab_size
+        embeddings = model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        embeddings.weight.data[before:] = 0  # drawn anew with every load, they would have no hash
     model.score = _head(model, init="score.weight" in info["missing_keys"], seed=seed)
     return model, tokenizer, made_by
 

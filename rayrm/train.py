@@ -42,9 +42,17 @@ from rayrm.data import read_groups
 from rayrm.engine import RewardModel
 from rayrm.errors import ConfigError, RayrmError, TrainingError
 from rayrm.evaluate import ScoredGroup, score
-from rayrm.export import RECORD, Export, hash_weights, publish, read_record, write_model_card
+from rayrm.export import (
+    ADAPTER,
+    RECORD,
+    Export,
+    hash_weights,
+    publish,
+    read_record,
+    write_model_card,
+)
 from rayrm.loop import load_model, train_loop
-from rayrm.lora import check_frozen, hash_frozen, merge_adapters
+from rayrm.lora import check_frozen, export_adapter, hash_frozen, merge_adapters
 from rayrm.model import DTYPES, RewardNet, save_weights
 from rayrm.progress import shown
 from rayrm.report import PAGE, Evaluated, write_report
@@ -231,14 +239,20 @@ def write_export(
     step: int,
     trained: dict[str, Any],
 ) -> Export:
-    """Weights, tokenizer and record of a trained model, not evaluated yet."""
-    save_weights(model, model.state_dict(), directory, DTYPES[config.train.export_dtype])
+    """Weights, tokenizer and record of a trained model, not evaluated yet; merges its adapters."""
+    adapter, dtype = None, DTYPES[config.train.export_dtype]
+    if config.lora.rank:
+        folder = directory / ADAPTER
+        adapter = export_adapter(model, config.lora, config.model.path, dtype, folder)
+        merge_adapters(model)
+    save_weights(model, model.state_dict(), directory, dtype)
     template.tokenizer.save_pretrained(directory)
     export = Export(
         name=config.name,
         dtype=config.train.export_dtype,
         template=template.spec,
         weights_sha256=hash_weights(directory),
+        adapter=adapter,
         history=trained["history"],
         provenance={
             "base_model": config.model.path,
@@ -284,12 +298,10 @@ def evaluate_export(
 def trained_model(
     config: TrainConfig, shards: str, frozen_sha256: str
 ) -> tuple[PreTrainedModel, Template]:
-    """The model that the shards below a directory are of, in fp32, adapters merged into it."""
+    """The model that the shards below a directory are of, in fp32, its adapters beside weights."""
     model, template = load_model(config)
     check_frozen(hash_frozen(model), frozen_sha256, config.model.path)
     load_trained(consolidate(shards), RewardNet(model))
-    if config.lora.rank:
-        merge_adapters(model)
     return model, template
 
 

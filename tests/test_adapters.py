@@ -1,0 +1,327 @@
+"""Several rewards on one backbone: each is its merged model's, and nothing is held twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification, PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+from rayrm import RewardModel, TrainConfig
+from rayrm.engine import Rewards, make_rows
+from rayrm.errors import ConfigError, ExportError, UnknownReward
+from rayrm.export import ADAPTER, RECORD, read_adapter, read_export, read_record
+from rayrm.loop import load_model
+from rayrm.train import write_export
+from tests.conftest import make_base
+from tests.test_serve import texts
+from tests.tiny import FAMILIES, byte_tokenizer, transformers_rewards
+
+ROWS = texts(6, 3)
+TRAINED = {"history": [], "data": "none", "data_fingerprint": "0" * 64}
+
+
+def make_lora_export(directory: Path, base: Path, seed: int, **sections: Any) -> Path:
+    """An export of adapters on the base and a head that are drawn by the seed, not trained."""
+    given: dict[str, Any] = {
+        "name": directory.name,
+        "data": {"train": "none", "max_length": 256},
+        "model": {"path": str(base)},
+        "lora": {"rank": 4, "alpha": 12},
+        "train": {"seed": seed, "export_dtype": "float32"},
+    }
+    config = TrainConfig(**{key: given.get(key, {}) for key in given} | sections)
+    model, template = load_model(config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.1, generator=generator)
+    write_export(config, model, template, directory, 1, TRAINED)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def one_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="module")
+def exports(one_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three rewards of one base, the first of which is to be the own one."""
+    where = tmp_path_factory.mktemp("exports")
+    names = ("own", "helpful", "harmless")
+    return {n: make_lora_export(where / n, one_base, seed) for seed, n in enumerate(names)}
+
+
+def adapters(exports: dict[str, Path]) -> dict[str, Path]:
+    return {name: exports[name] for name in ("helpful", "harmless")}
+
+
+@pytest.fixture(scope="module")
+def model(exports: dict[str, Path]) -> RewardModel:
+    return RewardModel.load(exports["own"], "cpu", adapters=adapters(exports))
+
+
+@pytest.fixture(scope="module")
+def merged(exports: dict[str, Path]) -> dict[str, Rewards]:
+    """Of ROWS, by the merged models, each loaded by itself."""
+    return {n: RewardModel.load(e, "cpu").score(*ROWS) for n, e in exports.items()}
+
+
+def near(rewards: Rewards, expected: Rewards) -> None:
+    """Equal to 1e-5 of their standard deviation, and all there."""
+    assert np.isfinite(rewards.values).all()
+    np.testing.assert_allclose(
+        rewards.values, expected.values, rtol=0, atol=1e-5 * float(expected.values.std())
+    )
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_rewards_of_every_architecture_are_the_merged_models(
+    model_type: str, tmp_path: Path
+) -> None:
+    base = make_base(tmp_path / "base", model_type)
+    own, other = (make_lora_export(tmp_path / f"run{s}", base, s) for s in (0, 1))
+    model = RewardModel.load(own, "cpu", adapters={"other": other})
+    scored = model.score(*ROWS, rewards=["default", "other"])
+    for export, rewards in zip((own, other), scored.values(), strict=True):
+        near(rewards, RewardModel.load(export, "cpu").score(*ROWS))
+
+
+def test_several_rewards_come_by_name_and_each_with_its_version(
+    model: RewardModel, exports: dict[str, Path], merged: dict[str, Rewards]
+) -> None:
+    scored = model.score(*ROWS, rewards=["harmless", "helpful"])
+    assert list(scored) == ["harmless", "helpful"]
+    for name, rewards in scored.items():
+        near(rewards, merged[name])
+        assert set(rewards.versions) == {read_record(str(exports[name])).adapter_version}
+    assert np.abs(scored["harmless"].values - scored["helpful"].values).max() > 0.1
+    near(model.score(*ROWS), merged["own"])
+    alone = model.score(*ROWS, rewards=["default"])["default"]
+    np.testing.assert_array_equal(alone.values, model.score(*ROWS).values)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_threads_score_different_rewards_at_once(model_type: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", model_type)
+    runs = [make_lora_export(tmp_path / f"run{seed}", base, seed) for seed in range(3)]
+    model = RewardModel.load(runs[0], "cpu", adapters={"a": runs[1], "b": runs[2]})
+    names = ["default", "a", "b"]
+    alone = model.score(*ROWS, rewards=names)
+    with ThreadPoolExecutor(6) as threads:
+        calls = threads.map(lambda name: model.score(*ROWS, rewards=[name]), names * 8)
+        for scored in calls:
+            ((name, rewards),) = scored.items()
+            np.testing.assert_array_equal(rewards.values, alone[name].values)
+
+
+def storages(model: RewardModel) -> set[int]:
+    """Where the backbone's weights lie, both of transformers' layers and of the faster ones."""
+    weights = list(model.net.model.base_model.parameters())
+    if model.net.decoder:
+        for layer in model.net.decoder.layers:
+            weights += [p.weight for p in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    return {weight.untyped_storage().data_ptr() for weight in weights}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_the_backbone_is_held_once(model_type: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", model_type)
+    runs = [make_lora_export(tmp_path / f"run{seed}", base, seed) for seed in range(3)]
+    model = RewardModel.load(runs[0], "cpu", adapters={"a": runs[1], "b": runs[2]})
+    assert (model.net.decoder is None) == (model_type == "gpt2")
+    own = storages(model)
+    for adapter in model.adapters.values():
+        assert storages(adapter) == own
+    plain = RewardModel.load(runs[0], "cpu")
+    assert len(own) == len(storages(plain))
+
+
+def test_the_frozen_backbone_is_what_is_loaded(model: RewardModel, one_base: Path) -> None:
+    held = model.adapters["helpful"].net.model.state_dict()
+    frozen = load_file(one_base / "model.safetensors")
+    assert frozen.keys() - held.keys() == {"lm_head.weight"}
+    assert all(torch.equal(frozen[name], held[name]) for name in frozen.keys() & held.keys())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_peft_reads_the_adapter_and_gives_its_rewards(model_type: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", model_type)
+    lora = {"rank": 4, "targets": ["c_fc"] if model_type == "gpt2" else ["q_proj", "mlp.up_proj"]}
+    runs = [make_lora_export(tmp_path / "all", base, 0), tmp_path / "some"]
+    make_lora_export(runs[1], base, 1, lora=lora)
+    ours = RewardModel.load(runs[0], "cpu", adapters={"some": runs[1]})
+    scored = ours.score(*ROWS, rewards=["default", "some"])
+    groups = ours.encode(make_rows(*ROWS)).groups
+    rows = [row for group in groups for row in group.rows]
+    for run, rewards in zip(runs, scored.values(), strict=True):
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+        by_hand = PeftModel.from_pretrained(model, run / ADAPTER).eval()
+        by_auto = AutoPeftModelForSequenceClassification.from_pretrained(
+            run / ADAPTER, num_labels=1
+        ).eval()
+        for peft in (by_hand, by_auto):
+            with torch.no_grad():
+                theirs = transformers_rewards(peft, rows).numpy()
+            atol = 1e-5 * float(rewards.values.std())
+            np.testing.assert_allclose(rewards.values, theirs, rtol=0, atol=atol)
+
+
+def test_in_bf16_adapters_are_no_further_off_than_merged_weights(
+    one_base: Path, tmp_path: Path
+) -> None:
+    train = {"seed": 1, "export_dtype": "bfloat16"}
+    runs = [make_lora_export(tmp_path / f"{n}", one_base, 1, train=train) for n in range(2)]
+    exact = RewardModel.load(make_lora_export(tmp_path / "fp32", one_base, 1), "cpu").score(*ROWS)
+    merged = RewardModel.load(runs[0], "cpu").score(*ROWS)
+    model = RewardModel.load(runs[0], "cpu", adapters={"other": runs[1]})
+    assert model.net.model.dtype == torch.bfloat16
+    assert model.net.model.score.weight.dtype == torch.float32
+    off = np.abs(model.score(*ROWS).values - exact.values)
+    assert 0 < off.mean() < 2 * np.abs(merged.values - exact.values).mean()
+    wide = RewardModel.load(runs[0], "cpu", "float32", adapters={"other": runs[1]})
+    off_in_fp32 = np.abs(wide.score(*ROWS).values - exact.values)
+    assert off_in_fp32.mean() < off.mean()
+
+
+def test_deterministic_rewards_do_not_depend_on_other_rows(exports: dict[str, Path]) -> None:
+    model = RewardModel.load(exports["own"], "cpu", adapters=adapters(exports), deterministic=True)
+    every = model.score(*ROWS, rewards=["helpful"])["helpful"].values
+    each = [model.score([p], [r], rewards=["helpful"]) for p, r in zip(*ROWS, strict=True)]
+    np.testing.assert_array_equal(every, [one["helpful"].values[0] for one in each])
+
+
+def test_a_name_that_is_not_there_is_told_with_those_that_are(model: RewardModel) -> None:
+    with pytest.raises(UnknownReward, match=r"'honest'; there are 'default', 'helpful', 'harm"):
+        model.score(*ROWS, rewards=["helpful", "honest"])
+    with pytest.raises(ValueError, match="give a list of names"):
+        model.score(*ROWS, rewards=[])
+
+
+def refused(own: Path, other: Path, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        RewardModel.load(own, "cpu", adapters={"other": other})
+
+
+def test_another_backbone_is_refused(exports: dict[str, Path], tmp_path: Path) -> None:
+    """By its weights, though it is almost the same, and by what its config says of them."""
+    own = exports["own"]
+    base = make_base(tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][0] += 1e-3
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    other = make_lora_export(tmp_path / "other", base, 1)
+    where = r"adapters\.other: .* cannot share a backbone with .*own; they differ in"
+    refused(own, other, ConfigError, rf"{where} the frozen backbone: sha256 .* \(.*base\)")
+    config = json.loads((make_base(tmp_path / "turned") / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 5000.0
+    (tmp_path / "turned/config.json").write_text(json.dumps(config))
+    other = make_lora_export(tmp_path / "turned run", tmp_path / "turned", 1, name="turned")
+    refused(own, other, ConfigError, rf"{where} config\.rope_parameters.*5000")
+    train = {"export_dtype": "bfloat16"}
+    other = make_lora_export(tmp_path / "bf16", tmp_path / "turned", 1, train=train)
+    refused(own, other, ConfigError, rf"{where} train\.export_dtype: float32, bfloat16")
+
+
+def test_another_template_is_refused(
+    exports: dict[str, Path], one_base: Path, tmp_path: Path
+) -> None:
+    data = {"train": "none", "max_length": 128}
+    other = make_lora_export(tmp_path / "shorter", one_base, 1, data=data)
+    refused(exports["own"], other, ConfigError, "the template's max_length: 256, 128")
+    RewardModel.load(exports["own"], "cpu", adapters={"other": other}, max_length=100)
+    chat = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    data = {"train": "none", "max_length": 256, "chat_template": chat}
+    other = make_lora_export(tmp_path / "other", one_base, 1, data=data)
+    refused(exports["own"], other, ConfigError, "they differ in the chat template")
+
+
+def test_a_base_that_is_not_the_one_trained_on_is_refused(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    own, other = (make_lora_export(tmp_path / name, base, 0) for name in ("own", "other"))
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0] += 1e-3
+    moved = tmp_path / "moved"
+    shutil.copytree(base, moved)
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    refused(
+        own, other, ExportError, r"base of .*own, .*base, is not what .* adapter\.base in rayrm"
+    )
+    record = json.loads((own / RECORD).read_text())
+    record["adapter"]["base"] = str(moved)
+    (own / RECORD).write_text(json.dumps(record))
+    RewardModel.load(own, "cpu", adapters={"other": other})
+
+
+def test_what_is_no_adapter_or_was_changed_is_refused(
+    exports: dict[str, Path], tiny_export: Path, tmp_path: Path
+) -> None:
+    own = exports["own"]
+    refused(own, tiny_export, ExportError, r"has no adapter: only exports of runs with lora\.rank")
+    refused(tiny_export, own, ExportError, "has no adapter")
+    changed = Path(shutil.copytree(exports["helpful"], tmp_path / "changed"))
+    file = changed / ADAPTER / "adapter_model.safetensors"
+    weights = load_file(file)
+    weights["base_model.model.score.weight"] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    refused(own, changed, ExportError, "the adapter in .* is not the one rayrm.json records")
+
+
+def test_a_base_whose_pad_token_had_to_be_added_is_the_same_again(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    tokenizer = byte_tokenizer(["<eos>"], eos_token="<eos>")
+    for file in base.glob("*token*"):
+        file.unlink()
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(base)
+    own, other = (make_lora_export(tmp_path / f"{n}", base, n) for n in range(2))
+    model = RewardModel.load(own, "cpu", adapters={"other": other})
+    near(model.score(*ROWS), RewardModel.load(own, "cpu").score(*ROWS))
+
+
+def test_a_remote_adapter_is_fetched_without_merged_weights(
+    exports: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    directory, _ = read_adapter(f"file://{exports['own']}")
+    assert directory.is_relative_to(tmp_path)
+    weights = {file.relative_to(directory) for file in directory.rglob("*.safetensors")}
+    assert weights == {Path(ADAPTER) / "adapter_model.safetensors"}
+    others = {name: f"file://{path}" for name, path in adapters(exports).items()}
+    model = RewardModel.load(f"file://{exports['own']}", "cpu", adapters=others)
+    local = RewardModel.load(exports["own"], "cpu", adapters=adapters(exports))
+    np.testing.assert_array_equal(model.score(*ROWS).values, local.score(*ROWS).values)
+
+
+def test_versions_name_what_is_computed(exports: dict[str, Path], tmp_path: Path) -> None:
+    """Merged weights keep their version; an adapter's is that of backbone, matrices and scale."""
+    record = read_export(exports["own"])[1]
+    assert record.adapter
+    without = record.model_copy(update={"adapter": None})
+    assert record.version == without.version != record.adapter_version
+    assert len({read_record(str(e)).adapter_version for e in exports.values()}) == 3
+
+    def version(**changes: Any) -> str:
+        adapter = record.adapter.model_copy(update=changes)  # type: ignore[union-attr]
+        return record.model_copy(update={"adapter": adapter}).adapter_version
+
+    assert version(base="elsewhere") == record.adapter_version
+    changed = {version(scale=1.0), version(weights_sha256="0"), version(backbone_sha256="0")}
+    assert len(changed | {record.adapter_version}) == 4
+
+
+def test_exports_of_before_are_read(tiny_export: Path, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(tiny_export, tmp_path / "old"))
+    values = json.loads((old / RECORD).read_text())
+    del values["adapter"]
+    (old / RECORD).write_text(json.dumps(values | {"format_version": 1}))
+    assert read_export(old)[1].version == read_export(tiny_export)[1].version
