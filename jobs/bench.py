@@ -667,10 +667,11 @@ def side_replicas(start: str, repeats: str) -> None:
 class Stub:
     """A replica whose model takes no time."""
 
-    async def score(self, chunk: Chunk, ticket: Ticket) -> Rewards:
+    async def score(self, chunk: Chunk, ticket: Ticket) -> dict[str, Rewards]:
         n = len(chunk.rows())
-        none = np.zeros(n, dtype=bool)
-        return Rewards(np.zeros(n, dtype=np.float32), [None] * n, none, none, ["stub"] * n)
+        none, zeros = np.zeros(n, dtype=bool), np.zeros(n, dtype=np.float32)
+        rewards = Rewards(zeros, [None] * n, none, none, ["stub"] * n)
+        return dict.fromkeys(ticket.rewards, rewards)
 
 
 def stub_seconds(repeats: int) -> dict[str, list[float]]:

@@ -32,13 +32,12 @@ def main(arguments: list[str]) -> None:
     import ray
     from ray import serve
 
-    from rayrm.foreign import open_model
-    from rayrm.serve import deploy
+    from rayrm.serve import deploy, locate_export
 
-    _, export = open_model(config.export)
+    _, served = locate_export(config)
     ray.init()
     deploy(config)
-    print(f"application {config.app!r} serves {export.version}", flush=True)
+    print(f"application {config.app!r} serves {served.pin}", flush=True)
     if config.http.enabled:
         where = f"{config.http.host}:{config.http.port}{config.http.route_prefix.rstrip('/')}"
         print(f"HTTP on http://{where}/score, docs on http://{where}/docs", flush=True)

@@ -17,6 +17,8 @@ from typing import Any
 import ray
 from ray._private import state
 
+from rayrm.config import OWN
+
 logger = logging.getLogger("ray.serve")
 
 # How often the callers of calls in progress are looked after.
@@ -46,8 +48,8 @@ class Ticket:
     """Whose call that is: what logs, queues and versions go by.
 
     step: id of the step, part: the chunk's number in it. version: what has to score it, "" for
-    whatever is served. outstanding: tokens of the step, about, that have no reward yet; replicas:
-    how many there are to compute them.
+    whatever is served; rewards: names of those that are wanted. outstanding: tokens of the step,
+    about, that are still to be computed; replicas: how many there are to compute them.
     """
 
     step: str
@@ -56,6 +58,7 @@ class Ticket:
     version: str = ""
     outstanding: int = 0
     replicas: int = 1
+    rewards: tuple[str, ...] = (OWN,)
 
 
 def this_caller(name: str | None = None) -> Caller:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, overload
 from uuid import uuid4
 
 import ray
@@ -37,7 +37,15 @@ from transformers import PreTrainedTokenizerBase
 
 from rayrm.callers import Caller, Ticket, this_caller
 from rayrm.chunk import CHUNKS_PER_REPLICA, Arrival, Chunk, Step, to_chunk
-from rayrm.engine import Rewards, Texts, make_rows, warn_unnamed_ids
+from rayrm.config import OWN
+from rayrm.engine import (
+    Rewards,
+    Texts,
+    check_names,
+    check_served,
+    make_rows,
+    warn_unnamed_ids,
+)
 from rayrm.errors import Overloaded, ServiceError, StepTimeout, VersionGone
 from rayrm.template import Row, fingerprint
 from rayrm.versions import read_record
@@ -70,20 +78,25 @@ FOUND_SECONDS = 0.5
 # for longer, so that how often a caller knocks does not grow with its step.
 KNOCKS = 16
 
-OnArrival = Callable[["NDArray[Any]", Rewards], None]
+OnArrival = Callable[["NDArray[Any]", Any], None]
+
+Named = dict[str, Rewards]
+"""Rewards of the same rows, by the reward's name."""
 
 
 @dataclass(frozen=True)
 class Application:
     """What a step is sent to: so many replicas behind a handle, and the version to score by.
 
-    An application that rayrm.deploy knows nothing of has neither packs (0) nor a version ("").
+    rewards: which of them are wanted. An application that rayrm.deploy knows nothing of has neither
+    packs (0) nor a version ("").
     """
 
     handle: DeploymentHandle[Any]
     replicas: int
     tokens_per_pack: int = 0
     version: str = ""
+    rewards: tuple[str, ...] = (OWN,)
 
 
 class Options(TypedDict, total=False):
@@ -91,9 +104,10 @@ class Options(TypedDict, total=False):
 
     groups: instead of responses, for each prompt a list of them, whose rewards come one after the
     other. finished: False for a response that the sampler cut off, in the order of the rewards.
-    tokenizer: what made the ids, or its fingerprint. version: score by this one and no other.
-    timeout_s: instead of the client's. on_arrival: called with places (int64 [n]) in the result and
-    their rewards, on a thread of the client, as they come in.
+    tokenizer: what made the ids, or its fingerprint. version: score by this one, of the own reward,
+    and no other. timeout_s: instead of the client's. on_arrival: called with places (int64 [n]) in
+    the result and their rewards (by name, where names were asked for), on a thread of the client,
+    as they come in.
     """
 
     groups: Sequence[Texts]
@@ -123,64 +137,146 @@ class RewardClient:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_found": None, "_replicas": (1, 0.0)}
 
+    @overload
     def score(
-        self, prompts: Texts, responses: Texts | None = None, **options: Unpack[Options]
-    ) -> Rewards:
+        self,
+        prompts: Texts,
+        responses: Texts | None = None,
+        *,
+        rewards: None = None,
+        **options: Unpack[Options],
+    ) -> Rewards: ...
+
+    @overload
+    def score(
+        self,
+        prompts: Texts,
+        responses: Texts | None = None,
+        *,
+        rewards: Sequence[str],
+        **options: Unpack[Options],
+    ) -> Named: ...
+
+    def score(
+        self,
+        prompts: Texts,
+        responses: Texts | None = None,
+        *,
+        rewards: Sequence[str] | None = None,
+        **options: Unpack[Options],
+    ) -> Rewards | Named:
         """Rewards of N responses, as RewardModel.score gives them, from the served model.
 
-        Equal rows are computed once, groups stay together, and what a dying replica drops is sent
-        again. One version scores the whole step: the one that is served when it begins; if that is
-        gone before the end, the step is scored again, and on_arrival told of all rows again.
+        rewards: names of those that are wanted, each with its Rewards: "default" is the
+        application's own, the others are its adapters'. Equal rows are computed once, groups stay
+        together, and what a dying replica drops is sent again. One version of each reward scores
+        the whole step: what is served when it begins; if that is gone before the end, the step is
+        scored again, and on_arrival told of all rows again.
 
         Blocks. Raises ServiceError where the application is missing or fails, StepTimeout where it
-        does not answer in time, VersionGone where the version that was asked for is not served;
-        ValueError where the lists differ in length.
+        does not answer in time, VersionGone where the version that was asked for is not served,
+        UnknownReward for a name that is not; ValueError where the lists differ in length.
         """
         _refuse_event_loop()
-        step = self.submit(prompts, responses, **options)
+        step = self.submit(prompts, responses, rewards=rewards, **options)
         try:
             return step.result()
         except BaseException:
             step.cancel()  # Ctrl-C: nobody waits for it any more
             raise
 
+    @overload
     async def score_async(
-        self, prompts: Texts, responses: Texts | None = None, **options: Unpack[Options]
-    ) -> Rewards:
+        self,
+        prompts: Texts,
+        responses: Texts | None = None,
+        *,
+        rewards: None = None,
+        **options: Unpack[Options],
+    ) -> Rewards: ...
+
+    @overload
+    async def score_async(
+        self,
+        prompts: Texts,
+        responses: Texts | None = None,
+        *,
+        rewards: Sequence[str],
+        **options: Unpack[Options],
+    ) -> Named: ...
+
+    async def score_async(
+        self,
+        prompts: Texts,
+        responses: Texts | None = None,
+        *,
+        rewards: Sequence[str] | None = None,
+        **options: Unpack[Options],
+    ) -> Rewards | Named:
         """score, to be awaited; cancelling that frees the replicas."""
-        return await asyncio.wrap_future(self.submit(prompts, responses, **options))
+        step: Future[Any] = self.submit(prompts, responses, rewards=rewards, **options)
+        return await asyncio.wrap_future(step)
+
+    @overload
+    def submit(
+        self,
+        prompts: Texts,
+        responses: Texts | None = None,
+        *,
+        rewards: None = None,
+        **options: Unpack[Options],
+    ) -> Future[Rewards]: ...
+
+    @overload
+    def submit(
+        self,
+        prompts: Texts,
+        responses: Texts | None = None,
+        *,
+        rewards: Sequence[str],
+        **options: Unpack[Options],
+    ) -> Future[Named]: ...
 
     def submit(
-        self, prompts: Texts, responses: Texts | None = None, **options: Unpack[Options]
-    ) -> Future[Rewards]:
+        self,
+        prompts: Texts,
+        responses: Texts | None = None,
+        *,
+        rewards: Sequence[str] | None = None,
+        **options: Unpack[Options],
+    ) -> Future[Any]:
         """score in the background: a future of its rewards; cancelling it frees the replicas."""
+        names = check_names(rewards)
         groups, tokenizer = options.get("groups"), options.get("tokenizer")
         rows = make_rows(prompts, responses, options.get("finished"), groups)
         warn_unnamed_ids(rows, tokenizer)
         if isinstance(tokenizer, PreTrainedTokenizerBase):
             tokenizer = fingerprint(tokenizer)
+        told = options.get("on_arrival")
         step = self.score_rows(
             rows,
             tokenizer,
+            rewards=names,
             version=options.get("version"),
             timeout_s=options.get("timeout_s", self.timeout_s),
-            on_arrival=options.get("on_arrival"),
+            on_arrival=_of_own(told) if told and rewards is None else told,
         )
-        return _start(step)
+        return _start(_own(step) if rewards is None else step)
 
     async def score_rows(
         self,
         rows: Sequence[Row],
         tokenizer: str | None,
         *,
+        rewards: Sequence[str] = (OWN,),
         version: str | None = None,
         timeout_s: float | None = None,
         on_arrival: OnArrival | None = None,
         caller: Caller | None = None,
         patience_s: float = math.inf,
         id: str = "",
-    ) -> Rewards:
-        """What score does with its rows, on any event loop.
+    ) -> Named:
+        """What score does with its rows, on any event loop; every reward is named.
 
         patience_s: raise Overloaded once the service has answered nothing of the step for so long.
         id: what to call the step in logs.
@@ -190,9 +286,7 @@ class RewardClient:
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
-                    app = await self._find()
-                    if version:
-                        app = replace(app, version=version)
+                    app = await self._find(tuple(dict.fromkeys(rewards)), version or "")
                     caller = caller or this_caller(self.caller)
                     sending = Sending(app, self.app, id, caller, patience_s)
                     try:
@@ -207,17 +301,17 @@ class RewardClient:
                 f"application {self.app!r} did not score step {id} within timeout_s = {timeout_s:g}"
             ) from None
 
-    async def _find(self) -> Application:
+    async def _find(self, rewards: tuple[str, ...], version: str) -> Application:
         """The application as it is now; waits while Serve's controller comes back."""
         attempt = 0
         while True:
             try:
-                return await asyncio.to_thread(self._ask)
+                return await asyncio.to_thread(self._ask, rewards, version)
             except DROPPED as error:
                 logger.warning(f"Serve's controller is away: {error}")
                 await asyncio.sleep(backoff(attempt := attempt + 1))
 
-    def _ask(self) -> Application:
+    def _ask(self, rewards: tuple[str, ...], version: str) -> Application:
         if not ray.is_initialized():
             raise ServiceError("not connected to a Ray cluster: call ray.init() first")
         if self._found is None or time.monotonic() > self._found[2]:
@@ -225,9 +319,12 @@ class RewardClient:
             self._found = self._find_replicas(), self._running_replicas(), until
         handle, replicas, _ = self._found
         if (record := read_record(self.app)) is None:
-            return Application(handle, replicas)
-        pack, version = record.config.tokens_per_pack, record.current.version
-        return Application(handle, replicas, pack, version)
+            return Application(handle, replicas, version=version, rewards=rewards)
+        pack = record.config.tokens_per_pack
+        if (served := record.find(version)) is None:  # replicas may hold it still
+            return Application(handle, replicas, pack, version, rewards)
+        check_served(rewards, served.adapters)
+        return Application(handle, replicas, pack, served.pin, rewards)
 
     def _find_replicas(self) -> DeploymentHandle[Any]:
         try:
@@ -262,37 +359,42 @@ class Sending:
         self.refused = 0
         self.answered_at = time.monotonic()
 
-    async def send(
-        self, step: Step, tokenizer: str | None, on_arrival: OnArrival | None
-    ) -> Rewards:
+    async def send(self, step: Step, tokenizer: str | None, on_arrival: OnArrival | None) -> Named:
         """Cut the step, keep a few chunks a replica on their way, collect what arrives."""
         cut = step.cut(self.app.replicas, self.app.tokens_per_pack)
         chunks = [to_chunk(keys, tokenizer) for keys in cut]
-        self.outstanding = sum(chunk.cost for chunk in chunks)
+        self.outstanding = sum(map(self._cost, chunks))
 
         places = asyncio.Semaphore(CHUNKS_PER_REPLICA * self.app.replicas)
 
-        async def score(part: int, chunk: Chunk) -> Arrival:
+        async def score(part: int, chunk: Chunk) -> dict[str, Arrival]:
             async with places:
-                arrived = step.arrived(cut[part], await self.send_chunk(part, chunk))
-            self.outstanding -= chunk.cost
+                reply = await self.send_chunk(part, chunk)
+            arrived = {name: step.arrived(cut[part], of) for name, of in reply.items()}
+            self.outstanding -= self._cost(chunk)
             if on_arrival:
-                on_arrival(*arrived)
+                rows, _ = next(iter(arrived.values()))
+                on_arrival(rows, {name: of for name, (_, of) in arrived.items()})
             return arrived
 
         tasks = [asyncio.ensure_future(score(*numbered)) for numbered in enumerate(chunks)]
         try:
-            return step.collect(await asyncio.gather(*tasks))
+            arrivals = await asyncio.gather(*tasks)
+            return {name: step.collect([a[name] for a in arrivals]) for name in self.app.rewards}
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def send_chunk(self, part: int, chunk: Chunk) -> Rewards:
+    def _cost(self, chunk: Chunk) -> int:
+        """Tokens to compute, about: every reward takes a forward of its own."""
+        return chunk.cost * len(self.app.rewards)
+
+    async def send_chunk(self, part: int, chunk: Chunk) -> Named:
         """One chunk's rewards, from whichever replica lives and has room."""
         lost = full = 0
         while True:
             reply = await self._call(part, chunk)
-            if isinstance(reply, Rewards):
+            if isinstance(reply, dict):
                 self.answered_at = time.monotonic()
                 return reply
             if isinstance(reply, VersionGone):
@@ -313,10 +415,10 @@ class Sending:
                     ) from reply
             await asyncio.sleep(wait)
 
-    async def _call(self, part: int, chunk: Chunk) -> Rewards | Exception:
+    async def _call(self, part: int, chunk: Chunk) -> Named | Exception:
         """What a replica says, or what kept it from saying anything."""
         app, left = self.app, self.outstanding
-        ticket = Ticket(self.step, part, self.caller, app.version, left, app.replicas)
+        ticket = Ticket(self.step, part, self.caller, app.version, left, app.replicas, app.rewards)
         context = replace(_get_serve_request_context(), request_id=f"{self.step}-{part}")
         # Serve's own log lines name the step too.
         _serve_request_context.set(context)  # type: ignore[arg-type]
@@ -359,7 +461,15 @@ def backoff(attempt: int) -> float:
     return min(first * 2 ** (attempt - 1), most)
 
 
-def _start(step: Coroutine[Any, Any, Rewards]) -> Future[Rewards]:
+async def _own(step: Coroutine[Any, Any, Named]) -> Rewards:
+    return (await step)[OWN]
+
+
+def _of_own(on_arrival: OnArrival) -> OnArrival:
+    return lambda places, rewards: on_arrival(places, rewards[OWN])
+
+
+def _start(step: Coroutine[Any, Any, Any]) -> Future[Any]:
     return asyncio.run_coroutine_threadsafe(step, _loop(os.getpid()))
 
 

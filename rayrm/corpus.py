@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from rayrm.config import ServeConfig
 from rayrm.data import read_sampled
 from rayrm.engine import Rewards
-from rayrm.errors import DataError, ServiceError
+from rayrm.errors import ConfigError, DataError, ServiceError
 from rayrm.foreign import open_model
 from rayrm.serve import load_replica, locate_export
 from rayrm.sources import open_sources
@@ -106,6 +106,8 @@ def score_corpus(
     beside it are of another source, export or config, where source cannot be read, and where its
     rows do not fit into one Parquet file; ExportError; ServiceError where a part kills replicas.
     """
+    if config.adapters:
+        raise ConfigError("adapters: a corpus is scored by one reward, that of `export`")
     target = Path(target)
     if not target.name.endswith(SUFFIXES):
         raise DataError(f"{target}: must end in {' or '.join(SUFFIXES)}.")

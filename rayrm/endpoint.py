@@ -39,7 +39,7 @@ from transformers import AutoTokenizer
 import rayrm
 from rayrm.callers import this_caller
 from rayrm.client import RewardClient
-from rayrm.config import HttpSection, ServeConfig
+from rayrm.config import OWN, HttpSection, ServeConfig
 from rayrm.engine import Rewards
 from rayrm.errors import (
     ConfigError,
@@ -285,7 +285,7 @@ class Endpoint:
     ) -> Rewards:
         context = _get_serve_request_context()
         here = await asyncio.to_thread(this_caller)
-        return await self.client.score_rows(
+        rewards = await self.client.score_rows(
             rows,
             tokenizer,
             version=version,
@@ -293,6 +293,7 @@ class Endpoint:
             patience_s=PATIENCE_S,
             id=context.request_id,
         )
+        return rewards[OWN]
 
 
 class Door:

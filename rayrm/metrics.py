@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from rayrm.config import OWN
+
 # Gauges of a run by the figure they show, as rayrm_train_<figure>: the latest step's, or the latest
 # evaluation's. One whose figure is None (grad_norm under ZeRO 0) is not shown.
 STEP = {
@@ -125,10 +127,12 @@ class ServeMetrics:
             "rayrm_serve_errors", "Rows without a reward, by the error's type", ("kind",)
         )
         self.reward_mean = Gauge(
-            "rayrm_serve_reward_mean", f"Mean of the replica's latest {RECENT} rewards"
+            "rayrm_serve_reward_mean", f"Mean of the latest {RECENT} rewards of a name", ("reward",)
         )
         self.reward_std = Gauge(
-            "rayrm_serve_reward_std", f"Standard deviation of the same {RECENT} rewards"
+            "rayrm_serve_reward_std",
+            f"Standard deviation of the same {RECENT} rewards",
+            ("reward",),
         )
         self.refusals = Counter(
             "rayrm_serve_refusals", "Requests sent back to be sent again, by reason", ("kind",)
@@ -138,7 +142,7 @@ class ServeMetrics:
         )
         self._found = 0
         self._waiting = 0
-        self._recent = np.empty(0, dtype=np.float32)
+        self._recent: dict[str, NDArray[np.float32]] = {}
 
     @contextmanager
     def request(self, rows: int) -> Iterator[None]:
@@ -176,12 +180,16 @@ class ServeMetrics:
             self.rows_found.inc(rows - self._found)
         self._found = rows
 
-    def scored(self, values: NDArray[np.float32], errors: Sequence[Exception | None]) -> None:
-        """Tell of a request's rewards, float32 [N] and NaN where errors [N] has one."""
+    def scored(
+        self, values: NDArray[np.float32], errors: Sequence[Exception | None], reward: str = OWN
+    ) -> None:
+        """Tell of a request's rewards of a name, float32 [N] and NaN where errors [N] has one."""
         for kind, rows in Tally(type(error).__name__ for error in errors if error).items():
             self.errors.inc(rows, {"kind": kind})
-        recent = np.concatenate([self._recent, values[np.isfinite(values)]])
-        self._recent = recent[-RECENT:]
-        if len(self._recent):
-            self.reward_mean.set(float(self._recent.mean(dtype=np.float64)))
-            self.reward_std.set(float(self._recent.std(dtype=np.float64)))
+        before = self._recent.get(reward, values[:0])
+        recent = np.concatenate([before, values[np.isfinite(values)]])[-RECENT:]
+        self._recent[reward] = recent
+        if len(recent):
+            tags = {"reward": reward}
+            self.reward_mean.set(float(recent.mean(dtype=np.float64)), tags)
+            self.reward_std.set(float(recent.std(dtype=np.float64)), tags)

@@ -28,11 +28,12 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from rayrm.adapters import read_adapters
 from rayrm.autoscale import OUTSTANDING, OutstandingTokens
 from rayrm.callers import CallsInProgress, Ticket
 from rayrm.chunk import Chunk
 from rayrm.client import REPLICA
-from rayrm.config import HttpSection, ServeConfig
+from rayrm.config import OWN, HttpSection, ServeConfig
 from rayrm.endpoint import Endpoint
 from rayrm.engine import Encoded, RewardModel, Rewards
 from rayrm.errors import ConfigError, Overloaded, ServiceError, VersionGone
@@ -43,7 +44,7 @@ from rayrm.metrics import ServeMetrics
 from rayrm.model import check_max_length, load_config
 from rayrm.packing import TokenGroup
 from rayrm.queue import ModelBroken, TokenQueue
-from rayrm.versions import Models, Record, Served, read_record, write_record
+from rayrm.versions import Models, Record, Served, read_record, together, write_record
 
 logger = logging.getLogger("ray.serve")
 
@@ -80,7 +81,8 @@ def deploy(config: ServeConfig) -> None:
     if running and running.current != served:
         running = swap(running, served)
     if running is None or running.config != config:
-        new = Record(config=config, started=config.export, current=served)
+        started = together(config.export, config.adapters)
+        new = Record(config=config, started=started, current=served)
         write_record(new.model_copy(update={"previous": running and running.previous}))
         _run(config)
 
@@ -90,7 +92,7 @@ def rollback(app: str) -> Served:
     record = read_record(app)
     if record is None or record.previous is None:
         raise ServiceError(f"application {app!r} has no version before this one")
-    deploy(record.config.model_copy(update={"export": record.previous.export}))
+    deploy(record.config.model_copy(update=record.previous.place))
     return record.previous
 
 
@@ -112,7 +114,7 @@ def swap(running: Record, served: Served) -> Record:
         if read_record(app) == staged:
             write_record(running)
         raise
-    config = running.config.model_copy(update={"export": served.export})
+    config = running.config.model_copy(update=served.place)
     after = {"config": config, "current": served, "previous": running.current, "staged": None}
     write_record(swapped := running.model_copy(update=after))
     return swapped
@@ -126,9 +128,9 @@ def _all_hold(handle: DeploymentHandle[Any], served: Served) -> bool:
     except DeploymentUnavailableError:  # none is there: those that come will load it
         return True
     for replica in replicas:
-        if why := replica["failed"].get(served.version):
+        if why := replica["failed"].get(served.pin):
             raise ServiceError(f"a replica cannot load {served.export}: {why}")
-    return all(served.version in replica["versions"] for replica in replicas)
+    return all(served.pin in replica["versions"] for replica in replicas)
 
 
 def _run(config: ServeConfig) -> None:
@@ -154,16 +156,20 @@ def build(args: dict[str, Any]) -> Application:
             f"{misplaced[0]} has no effect in args: a Serve config says it with "
             f"{ELSEWHERE[misplaced[0]]}"
         )
-    if "://" not in config.export and not Path(config.export).is_absolute():
-        raise ConfigError(f"export = {config.export!r}: must be absolute, or a URI, in args")
+    named = {f"adapters.{name}": path for name, path in config.adapters.items()}
+    for key, path in {"export": config.export, **named}.items():
+        if "://" not in path and not Path(path).is_absolute():
+            raise ConfigError(f"{key} = {path!r}: must be absolute, or a URI, in args")
     return application(config)
 
 
 def locate_export(config: ServeConfig) -> tuple[ServeConfig, Served]:
-    """The config with its export found, and named so that every node finds it.
+    """The config with its exports found, and named so that every node finds them.
 
     Raises ExportError, ModelError or ConfigError.
     """
+    if config.adapters:
+        return locate_adapters(config)
     if "://" in config.export:
         export = read_export_record(config.export)
         return config, Served(export=config.export, version=export.version)
@@ -173,6 +179,22 @@ def locate_export(config: ServeConfig) -> tuple[ServeConfig, Served]:
     where = pinned(config.export, directory)
     located = config.model_copy(update={"export": where})
     return located, Served(export=where, version=export.version)
+
+
+def locate_adapters(config: ServeConfig) -> tuple[ServeConfig, Served]:
+    """As locate_export, where several rewards share a backbone."""
+    read = read_adapters(config.export, config.adapters, config.max_length)
+    found = {
+        name: Served(
+            export=path if "://" in path else str(read[name].directory.resolve()),
+            version=read[name].export.adapter_version,
+        )
+        for name, path in {OWN: config.export, **config.adapters}.items()
+    }
+    own = found.pop(OWN)
+    check_max_length(read[OWN].template.spec.max_length, load_config(str(read[OWN].directory)))
+    served = Served(export=own.export, version=own.version, adapters=found)
+    return config.model_copy(update=served.place), served
 
 
 def _start_serve(http: HttpSection) -> None:
@@ -257,13 +279,16 @@ class Replica:
         self.models = Models(app, config, self._load)
         self._tokenizing = ThreadPoolExecutor(1, "tokenize")
 
-    async def score(self, chunk: Chunk, ticket: Ticket) -> Rewards | Overloaded | VersionGone:
-        """Rewards of a chunk's rows, in its order; or why they are not scored here and now."""
+    async def score(
+        self, chunk: Chunk, ticket: Ticket
+    ) -> dict[str, Rewards] | Overloaded | VersionGone:
+        """Rewards of a chunk's rows by name, in its order; or why they are not scored now."""
         self.calls += 1
         self.in_progress.note(ticket)
         self.queue.share = self.in_progress.share()
         try:
-            with self.queue.admit(ticket.caller, chunk.cost), self.in_progress.call(ticket):
+            cost = chunk.cost * len(ticket.rewards)
+            with self.queue.admit(ticket.caller, cost), self.in_progress.call(ticket):
                 model = await self.models.get(ticket.version)
                 return await self._score(model, chunk, ticket)
         except (Overloaded, VersionGone) as refusal:
@@ -274,25 +299,32 @@ class Replica:
             logger.exception(f"step={ticket.step} part={ticket.part} this replica ends itself")
             os._exit(1)  # Serve starts another, and callers send again what this one had
 
-    async def _score(self, model: RewardModel, chunk: Chunk, ticket: Ticket) -> Rewards:
+    async def _score(self, model: RewardModel, chunk: Chunk, ticket: Ticket) -> dict[str, Rewards]:
         loop, started = asyncio.get_running_loop(), time.perf_counter()
+        models = {name: model.named(name) for name in ticket.rewards}
         with self.metrics.request(len(chunk.finished)):
             encoded = await loop.run_in_executor(self._tokenizing, encode, model, chunk)
-            tokens = sum(group.tokens for group in encoded.groups)
-            compute = partial(self.queue.score, compute=model.score_groups, caller=ticket.caller)
+            tokens = sum(group.tokens for group in encoded.groups) * len(models)
             with self.metrics.waiting(tokens):
-                scored = await self.known.score(model.version, encoded.groups, compute)
+                scored = await asyncio.gather(
+                    *(self._score_by(m, encoded, ticket) for m in models.values())
+                )
             self.metrics.found(self.known.rows_found)
-            values, errors = [s.values for s in scored], [s.errors for s in scored]
-            rewards = model.collect(encoded, values, errors)
-            self.metrics.scored(rewards.values, rewards.errors)
+            rewards = dict(zip(models, scored, strict=True))
+            for name, of in rewards.items():
+                self.metrics.scored(of.values, of.errors, name)
+        errors = sum(len(of) - of.errors.count(None) for of in scored)
         logger.info(
             f"step={ticket.step} part={ticket.part} caller={ticket.caller.name} "
-            f"version={model.version} rows={len(rewards)} tokens={tokens} "
-            f"errors={len(rewards) - rewards.errors.count(None)} "
-            f"took={time.perf_counter() - started:.3f}s"
+            f"version={model.version} rewards={','.join(models)} rows={len(scored[0])} "
+            f"tokens={tokens} errors={errors} took={time.perf_counter() - started:.3f}s"
         )
         return rewards
+
+    async def _score_by(self, model: RewardModel, encoded: Encoded, ticket: Ticket) -> Rewards:
+        compute = partial(self.queue.score, compute=model.score_groups, caller=ticket.caller)
+        scored = await self.known.score(model.version, encoded.groups, compute)
+        return model.collect(encoded, [s.values for s in scored], [s.errors for s in scored])
 
     def _load(self, config: ServeConfig) -> RewardModel:
         model = load_replica(config)
@@ -318,14 +350,15 @@ class Replica:
 
     def stats(self) -> dict[str, Any]:
         """What this replica did since it started, and what waits."""
+        model = self.models.held[self.models.current]
         return {
             "pid": os.getpid(),
-            "version": self.models.current,
+            "version": model.version,
             "versions": sorted(self.models.held),
             "failed": self.models.failed,
             "calls": self.calls,
             "refused": self.refused,
-            "forwards": self.models.held[self.models.current].forwards,
+            "forwards": sum(m.forwards for m in (model, *model.adapters.values())),
             "computed_tokens": self.queue.computed_tokens,
             "queued_tokens": self.queue.queued_tokens,
             "admitted_tokens": self.queue.admitted_tokens,
@@ -345,6 +378,7 @@ def load_replica(config: ServeConfig) -> RewardModel:
         config.export,
         "cuda" if config.gpus_per_replica else "cpu",
         config.dtype,
+        adapters=config.adapters,
         max_length=config.max_length,
         overlong=config.overlong,
         tokens_per_pack=config.tokens_per_pack,
@@ -354,8 +388,11 @@ def load_replica(config: ServeConfig) -> RewardModel:
 
 def warm_up(model: RewardModel) -> None:
     """Touch the template, the kernels and the largest pack, so that what fails, fails now."""
-    model.score(["Hello"] * 2, ["Yes.", "No, not at all."])
+    every = (model, *model.adapters.values())
+    for each in every:
+        each.score(["Hello"] * 2, ["Yes.", "No, not at all."])
     longest = min(model.template.spec.max_length, model.tokens_per_pack)
     row = np.zeros(longest, dtype=np.int32)
     model.score_groups([TokenGroup(row[:0], (row,))] * (model.tokens_per_pack // longest))
-    model.forwards = 0
+    for each in every:
+        each.forwards = 0

@@ -10,7 +10,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from pydantic import BaseModel
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
@@ -30,18 +31,38 @@ COMPARE_S = 2.0
 LINGER_S = 10.0
 
 
+def together(own: str, adapters: Mapping[str, str]) -> str:
+    """An export or version and those of adapters beside it, as one; without adapters it is own."""
+    return " ".join([own, *(f"{name}={adapters[name]}" for name in sorted(adapters))])
+
+
 class Served(BaseModel, frozen=True):
-    """An export by its place and its version, which has a hash of its weights."""
+    """An export by its place and its version, which has a hash of its weights.
+
+    adapters: more rewards by name, on the backbone of this one.
+    """
 
     export: str
     version: str
+    adapters: dict[str, Served] = {}
+
+    @property
+    def pin(self) -> str:
+        """What a step is pinned to: one version of every reward."""
+        return together(self.version, {name: a.version for name, a in self.adapters.items()})
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """The fields of a ServeConfig that say where it is."""
+        adapters = {name: adapter.export for name, adapter in self.adapters.items()}
+        return {"export": self.export, "adapters": adapters}
 
 
 class Record(BaseModel):
-    """What an application serves. config.export is that of current.
+    """What an application serves. config.export and config.adapters are those of current.
 
-    started: the export that Serve starts replicas with, though they then load current. staged: what
-    replicas load besides, until it becomes current. previous: what a rollback is to.
+    started: the exports that Serve starts replicas with, though they then load current. staged:
+    what replicas load besides, until it becomes current. previous: what a rollback is to.
     """
 
     config: ServeConfig
@@ -49,6 +70,13 @@ class Record(BaseModel):
     current: Served
     staged: Served | None = None
     previous: Served | None = None
+
+    def find(self, version: str) -> Served | None:
+        """What has that version of the own reward, "" for what is current."""
+        for served in (self.current, self.staged, self.previous):
+            if served and version in ("", served.version):
+                return served
+        return None
 
 
 def read_record(app: str) -> Record | None:
@@ -69,7 +97,8 @@ def delete_record(app: str) -> None:
 class Models:
     """The models that a replica holds: what the record wants, and the one before while it is used.
 
-    load makes a model of a config, ready to score; it runs beside the current model.
+    A model is held by what steps are pinned to: its version and those of its adapters. load makes
+    a model of a config, ready to score; it runs beside the current model.
     """
 
     def __init__(
@@ -83,7 +112,7 @@ class Models:
         self._asked: dict[str, float] = {}
         self._changing = threading.Lock()
         self._wake = threading.Event()
-        self.current = self._start().version
+        self.current = self._start()
         threading.Thread(target=self._follow, name="follow", daemon=True).start()
 
     async def get(self, version: str) -> RewardModel:
@@ -106,11 +135,11 @@ class Models:
         with self._changing:
             wanted = [served for served in (record.current, record.staged) if served]
             for served in wanted:
-                if served.version not in self.held:
+                if served.pin not in self.held:
                     self._try(served)
-            if record.current.version in self.held:
-                self.current = record.current.version
-            versions = {served.version for served in wanted} | {self.current}
+            if record.current.pin in self.held:
+                self.current = record.current.pin
+            versions = {served.pin for served in wanted} | {self.current}
             for version in self.held.keys() - versions:
                 if time.monotonic() - self._asked.get(version, 0.0) > LINGER_S:
                     del self.held[version]
@@ -120,24 +149,22 @@ class Models:
     def _obtain(self, version: str) -> None:
         """Hold what is wanted though nobody told this replica yet; what is not wanted is gone."""
         record = read_record(self.app)
-        if record and version in {s.version for s in (record.current, record.staged) if s}:
+        if record and version in {s.pin for s in (record.current, record.staged) if s}:
             self.compare()
         if version not in self.held:
             raise VersionGone(f"{version} is not served (any more); {self.current} is")
 
-    def _start(self) -> RewardModel:
+    def _start(self) -> str:
         """Load what is wanted: by the record, or by a Serve config that came after it."""
         record = read_record(self.app)
-        if record and record.started == self.config.export:
-            return self._load(record.current)
-        model = self._load(None)
-        served = Served(export=self.config.export, version=model.version)
+        started = together(self.config.export, self.config.adapters)
+        if record and record.started == started:
+            return self._load(record.current).pin
+        served = self._load(None)
         config = self.config.model_copy(update={"app": self.app})
         previous = record.current if record else None
-        write_record(
-            Record(config=config, started=config.export, current=served, previous=previous)
-        )
-        return model
+        write_record(Record(config=config, started=started, current=served, previous=previous))
+        return served.pin
 
     def _follow(self) -> None:
         while True:
@@ -152,21 +179,29 @@ class Models:
         try:
             self._load(served)
         except Exception as error:
-            logger.exception(f"could not load version={served.version}")
-            self.failed[served.version] = f"{type(error).__name__}: {error}"
+            logger.exception(f"could not load version={served.pin}")
+            self.failed[served.pin] = f"{type(error).__name__}: {error}"
 
-    def _load(self, served: Served | None) -> RewardModel:
-        """Hold what is served there, by default what the config says."""
+    def _load(self, wanted: Served | None) -> Served:
+        """Hold what is wanted, by default what the config says; what that is."""
         config = self.config
-        if served:
-            config = config.model_copy(update={"export": served.export})
+        if wanted:
+            config = config.model_copy(update=wanted.place)
         started = time.monotonic()
         model = self.load(config)
-        if served and model.version != served.version:
+        served = Served(
+            export=config.export,
+            version=model.version,
+            adapters={
+                name: Served(export=config.adapters[name], version=adapter.version)
+                for name, adapter in model.adapters.items()
+            },
+        )
+        if wanted and served != wanted:
             raise ExportError(
-                f"{config.export} holds {model.version}, and not {served.version}, which was there "
-                "when it was deployed: deploy it again"
+                f"{config.export} holds {served.pin}, and not {wanted.pin}, which was there when "
+                "it was deployed: deploy it again"
             )
-        self.held[model.version] = model
-        logger.info(f"loaded version={model.version} took={time.monotonic() - started:.1f}s")
-        return model
+        self.held[served.pin] = model
+        logger.info(f"loaded version={served.pin} took={time.monotonic() - started:.1f}s")
+        return served

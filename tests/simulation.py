@@ -32,6 +32,7 @@ from ray.serve.handle import DeploymentHandle
 from rayrm.callers import Caller, CallsInProgress, Ticket
 from rayrm.chunk import Chunk, Step
 from rayrm.client import Application, Sending
+from rayrm.config import OWN
 from rayrm.engine import Rewards
 from rayrm.errors import Overloaded
 from rayrm.packing import Ids, TokenGroup
@@ -137,7 +138,7 @@ class SimulatedReplica:
         await asyncio.sleep(2 * LATENCY_S)
         return self.ongoing
 
-    async def score(self, chunk: Chunk, ticket: Ticket) -> Rewards | Overloaded:
+    async def score(self, chunk: Chunk, ticket: Ticket) -> dict[str, Rewards] | Overloaded:
         """As Replica.score does it."""
         self.calls += 1
         self.in_progress.note(ticket)
@@ -148,7 +149,7 @@ class SimulatedReplica:
         except Overloaded as refusal:
             self.refused += 1
             return refusal
-        return to_rewards(np.concatenate([group.values for group in scored]))
+        return {OWN: to_rewards(np.concatenate([group.values for group in scored]))}
 
 
 def no_model(groups: Sequence[TokenGroup]) -> Sequence[Values]:
@@ -184,10 +185,10 @@ class SimulatedHandle:
         self.router.update_replicas(cast(list[RunningReplica], list(replicas)))
         self.numbers = count()
 
-    def remote(self, chunk: Chunk, ticket: Ticket) -> asyncio.Task[Rewards | Overloaded]:
+    def remote(self, chunk: Chunk, ticket: Ticket) -> asyncio.Task[dict[str, Rewards] | Overloaded]:
         return asyncio.ensure_future(self._request(chunk, ticket))
 
-    async def _request(self, chunk: Chunk, ticket: Ticket) -> Rewards | Overloaded:
+    async def _request(self, chunk: Chunk, ticket: Ticket) -> dict[str, Rewards] | Overloaded:
         """What ray/serve/_private/router.py does around a request, rejections excepted."""
         name = f"{ticket.step}-{ticket.part}"
         metadata = RequestMetadata(name, f"{name}-{next(self.numbers)}", call_method="score")
@@ -278,7 +279,7 @@ async def _simulate(
         caller = Caller(f"caller {number}", "job", "")
         for s, rows in enumerate(steps):
             sending = Sending(app, "simulated", f"{number}-{s}", caller, float("inf"))
-            rewards = await sending.send(Step(rows), None, None)
+            rewards = (await sending.send(Step(rows), None, None))[OWN]
             assert len(rewards) == len(rows) and not np.isnan(rewards.values).any()
 
     await asyncio.gather(*(call(*numbered) for numbered in enumerate(steps)))

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import pickle
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel
+from ray import serve
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from rayrm import RewardModel, TrainConfig
+from rayrm import RewardClient, RewardModel, ServeConfig, TrainConfig, deploy
 from rayrm.engine import Rewards, make_rows
-from rayrm.errors import ConfigError, ExportError, UnknownReward
+from rayrm.errors import ConfigError, EmptyResponse, ExportError, UnknownReward
 from rayrm.export import ADAPTER, RECORD, read_adapter, read_export, read_record
 from rayrm.loop import load_model
+from rayrm.serve import build, rollback
 from rayrm.train import write_export
-from tests.conftest import make_base
-from tests.test_serve import texts
+from rayrm.versions import read_record as read_served
+from tests.conftest import make_base, samples_at
+from tests.test_serve import stats, texts, total, until
 from tests.tiny import FAMILIES, byte_tokenizer, transformers_rewards
 
 ROWS = texts(6, 3)
@@ -325,3 +332,141 @@ def test_exports_of_before_are_read(tiny_export: Path, tmp_path: Path) -> None:
     del values["adapter"]
     (old / RECORD).write_text(json.dumps(values | {"format_version": 1}))
     assert read_export(old)[1].version == read_export(tiny_export)[1].version
+
+
+APP = "adapters"
+
+
+@pytest.fixture(scope="module")
+def served(cluster: None, exports: dict[str, Path]) -> Iterator[RewardClient]:
+    others = {name: str(path) for name, path in adapters(exports).items()}
+    deploy(
+        ServeConfig(export=str(exports["own"]), adapters=others, app=APP, tokens_per_pack=512),
+    )
+    yield RewardClient(APP)
+    serve.delete(APP)
+
+
+def test_one_request_gets_several_rewards_through_a_replica(
+    served: RewardClient, exports: dict[str, Path], merged: dict[str, Rewards]
+) -> None:
+    calls = total(APP, "calls")
+    scored = served.score(*ROWS, rewards=["harmless", "default", "helpful"])
+    assert list(scored) == ["harmless", "default", "helpful"]
+    for name, rewards in scored.items():
+        near(rewards, merged["own" if name == "default" else name])
+        export = exports["own" if name == "default" else name]
+        assert set(rewards.versions) == {read_record(str(export)).adapter_version}
+    assert total(APP, "calls") == calls + 1, "the rows were sent once"
+    near(served.score(*ROWS), merged["own"])
+    assert served.score([], [], rewards=["helpful"])["helpful"].values.shape == (0,)
+
+
+def test_rewards_arrive_by_name_where_names_were_asked_for(served: RewardClient) -> None:
+    told: list[Any] = []
+    scored = served.score(*ROWS, rewards=["helpful"], on_arrival=lambda *a: told.append(a))
+    for places, rewards in told:
+        np.testing.assert_array_equal(rewards["helpful"].values, scored["helpful"].values[places])
+    told.clear()
+    own = served.submit(*ROWS, on_arrival=lambda *a: told.append(a)).result()
+    for places, rewards in told:
+        np.testing.assert_array_equal(rewards.values, own.values[places])
+    again = asyncio.run(served.score_async(*ROWS, rewards=["helpful"]))
+    np.testing.assert_array_equal(again["helpful"].values, scored["helpful"].values)
+
+
+def test_a_bad_row_has_its_error_in_every_reward(served: RewardClient) -> None:
+    scored = served.score(["a", "a"], ["", "b"], rewards=["default", "helpful"])
+    for rewards in scored.values():
+        assert isinstance(rewards.errors[0], EmptyResponse) and rewards.errors[1] is None
+        assert np.isnan(rewards.values[0]) and np.isfinite(rewards.values[1])
+
+
+def test_a_row_is_computed_once_for_each_reward_and_remembered_for_that_one_alone(
+    served: RewardClient,
+) -> None:
+    prompts, responses = ["What is new?"] * 3, ["This.", "That.", "This."]
+
+    def work(rewards: list[str]) -> tuple[int, int, dict[str, Rewards]]:
+        before = stats(APP)[0]
+        scored = served.score(prompts, responses, rewards=rewards)
+        after = stats(APP)[0]
+        return (
+            after["computed_tokens"] - before["computed_tokens"],
+            after["rows_found"] - before["rows_found"],
+            scored,
+        )
+
+    tokens, found, first = work(["helpful"])
+    assert tokens > 0 and found == 0
+    other_tokens, found, other = work(["harmless"])
+    assert other_tokens == tokens and found == 0
+    tokens_of_both, found, both = work(["harmless", "helpful"])
+    assert tokens_of_both == 0 and found == 4  # two distinct rows of each
+    for name, before in (("helpful", first), ("harmless", other)):
+        np.testing.assert_array_equal(both[name].values, before[name].values)
+    assert not np.allclose(first["helpful"].values, other["harmless"].values, atol=1e-2)
+    all_tokens, _, _ = work(["helpful", "default"])
+    assert all_tokens == tokens
+
+
+def test_a_name_that_is_not_served_is_told_with_those_that_are(served: RewardClient) -> None:
+    with pytest.raises(UnknownReward, match=r"'honest'; there are 'default', 'helpful', 'harm"):
+        served.score(*ROWS, rewards=["honest"])
+    with pytest.raises(ValueError, match="give a list of names"):
+        served.score(*ROWS, rewards="helpful")
+
+
+def test_each_reward_is_metered_by_its_name(served: RewardClient) -> None:
+    names = ["default", "helpful", "harmless"]
+    served.score(["A new row"], ["or two"], rewards=names)
+    node = ray.nodes()[0]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
+
+    def means() -> list[float]:
+        shown = [samples_at(url, "reward", name) for name in names]
+        return [samples.get("serve_reward_mean", np.nan) for samples in shown]
+
+    until(lambda: bool(np.isfinite(means()).all()))
+    assert len(set(means())) == 3
+
+
+def test_another_adapter_takes_over_and_a_step_has_one_version_of_each_reward(
+    served: RewardClient, exports: dict[str, Path], merged: dict[str, Rewards]
+) -> None:
+    """By the same own export: what is served differs in its adapters alone."""
+    before = served.score(*ROWS, rewards=["helpful"])["helpful"]
+    pids = [replica["pid"] for replica in stats(APP)]
+    record = read_served(APP)
+    assert record is not None
+    deploy(record.config.model_copy(update={"adapters": {"helpful": str(exports["harmless"])}}))
+    assert [replica["pid"] for replica in stats(APP)] == pids, "no replica was replaced"
+    after = served.score(*ROWS, rewards=["helpful"])["helpful"]
+    near(after, merged["harmless"])
+    assert set(before.versions) != set(after.versions)
+    with pytest.raises(UnknownReward, match="there are 'default', 'helpful'"):
+        served.score(*ROWS, rewards=["harmless"])
+    own = served.score(*ROWS).versions[0]
+    pinned = served.score(*ROWS, rewards=["helpful"], version=own)["helpful"]
+    np.testing.assert_array_equal(pinned.values, after.values)
+    rollback(APP)
+    near(served.score(*ROWS, rewards=["helpful"])["helpful"], merged["helpful"])
+
+
+def test_what_cannot_share_a_backbone_is_refused_before_anything_starts(
+    exports: dict[str, Path], one_base: Path, tmp_path: Path
+) -> None:
+    data = {"train": "none", "max_length": 128}
+    other = make_lora_export(tmp_path / "shorter", one_base, 1, data=data)
+    config = {"export": str(exports["own"]), "app": "nothing"}
+    with pytest.raises(ConfigError, match=r"adapters\.short: .* template's max_length: 256, 128"):
+        deploy(ServeConfig(**config, adapters={"short": str(other)}))
+    with pytest.raises(ConfigError, match=r"adapters\.default: .* `export`'s own reward"):
+        ServeConfig(**config, adapters={"default": str(other)})
+    with pytest.raises(ConfigError, match=r"adapters\.short = 'runs/x': must be absolute"):
+        build({"export": "/x", "adapters": {"short": "runs/x"}})
+
+
+def test_errors_cross_processes_whole() -> None:
+    error = pickle.loads(pickle.dumps(UnknownReward("no reward 'a'")))
+    assert isinstance(error, UnknownReward) and str(error) == "no reward 'a'"

@@ -234,8 +234,8 @@ def test_a_step_whose_version_goes_is_scored_again_by_one_version(
     late, ask = RewardClient(APP), RewardClient._ask
     old = ["gone@1", "gone@2"]
 
-    def ask_late(self: RewardClient) -> Application:
-        found = ask(self)
+    def ask_late(self: RewardClient, *asked: Any) -> Application:
+        found = ask(self, *asked)
         return replace(found, version=old.pop(0)) if old else found
 
     monkeypatch.setattr(RewardClient, "_ask", ask_late)
