@@ -229,6 +229,11 @@ def test_lora_steps_resumes_and_exports(
     for weight in before.keys() & after.keys():
         adapted = weight.endswith("_proj.weight")
         assert torch.equal(before[weight], after[weight]) != adapted, weight
+    shared = RewardModel.load(exported, "cpu", adapters={"again": exported})
+    for model in (shared, shared.adapters["again"]):
+        ours = np.concatenate(model.score_groups(fast[name]["groups"]))
+        near = 1e-5 * max(1.0, float(ours.std()))
+        np.testing.assert_allclose(ours, fast[name]["rewards"], rtol=0, atol=near)
 
 
 def test_lora_is_the_same_under_zero_0_and_3(fast: dict[str, Trained]) -> None:
