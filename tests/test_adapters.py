@@ -21,6 +21,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from rayrm import RewardClient, RewardModel, ServeConfig, TrainConfig, deploy
+from rayrm.callers import Caller, Ticket
+from rayrm.chunk import Chunk, Step
+from rayrm.client import Application, Sending
 from rayrm.engine import Rewards, make_rows
 from rayrm.errors import ConfigError, EmptyResponse, ExportError, UnknownReward
 from rayrm.export import ADAPTER, RECORD, read_adapter, read_export, read_record
@@ -451,6 +454,34 @@ def test_another_adapter_takes_over_and_a_step_has_one_version_of_each_reward(
     np.testing.assert_array_equal(pinned.values, after.values)
     rollback(APP)
     near(served.score(*ROWS, rewards=["helpful"])["helpful"], merged["helpful"])
+
+
+class Noting:
+    """Instead of a handle: notes tickets, and every reward is 0."""
+
+    def __init__(self) -> None:
+        self.tickets: list[Ticket] = []
+
+    async def remote(self, chunk: Chunk, ticket: Ticket) -> dict[str, Rewards]:
+        self.tickets.append(ticket)
+        n = len(chunk.finished)
+        no = np.zeros(n, dtype=bool)
+        rewards = Rewards(np.zeros(n, np.float32), [None] * n, no, no, [""] * n)
+        return dict.fromkeys(ticket.rewards, rewards)
+
+
+def test_a_step_of_two_rewards_is_twice_the_work_that_replicas_are_told_of() -> None:
+    def told(*rewards: str) -> int:
+        handle: Any = Noting()
+        app = Application(handle, 1, 512, "pinned", rewards)
+        sending = Sending(app, "app", "step", Caller("me", "job", ""), float("inf"))
+        scored = asyncio.run(sending.send(Step(make_rows(*ROWS)), None, None))
+        assert list(scored) == list(rewards)
+        ticket: Ticket = handle.tickets[0]
+        assert ticket.rewards == rewards and ticket.version == "pinned"
+        return ticket.outstanding
+
+    assert told("helpful", "harmless") == 2 * told("default") > 0
 
 
 def test_what_cannot_share_a_backbone_is_refused_before_anything_starts(
