@@ -148,7 +148,8 @@ def load_base(
         tokenizer.chat_template = chat_template
     pad_added = set_pad_token(tokenizer)
     config = load_config(directory, dropout=dropout, trust_remote_code=trust_remote_code)
-    config.pad_token_id = tokenizer.pad_token_id
+    # One that is to be added has no embedding yet.
+    config.pad_token_id = None if pad_added else tokenizer.pad_token_id
     model, info = AutoModelForSequenceClassification.from_pretrained(
         directory,
         config=config,
@@ -167,6 +168,7 @@ def load_base(
         before = model.config.vocab_size
         embeddings = model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         embeddings.weight.data[before:] = 0  # drawn anew with every load, they would have no hash
+        model.config.pad_token_id = tokenizer.pad_token_id
     model.score = _head(model, init="score.weight" in info["missing_keys"], seed=seed)
     return model, tokenizer, made_by
 

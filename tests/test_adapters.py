@@ -196,6 +196,7 @@ def test_in_bf16_adapters_are_no_further_off_than_merged_weights(
     model = RewardModel.load(runs[0], "cpu", adapters={"other": runs[1]})
     assert model.net.model.dtype == torch.bfloat16
     assert model.net.model.score.weight.dtype == torch.float32
+    assert {b.dtype for b in model.net.model.buffers()} == {torch.float32}, "frequencies"
     off = np.abs(model.score(*ROWS).values - exact.values)
     assert 0 < off.mean() < 2 * np.abs(merged.values - exact.values).mean()
     wide = RewardModel.load(runs[0], "cpu", "float32", adapters={"other": runs[1]})
@@ -287,14 +288,16 @@ def test_what_is_no_adapter_or_was_changed_is_refused(
 
 
 def test_a_base_whose_pad_token_had_to_be_added_is_the_same_again(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base")
     tokenizer = byte_tokenizer(["<eos>"], eos_token="<eos>")
+    base = make_base(tmp_path / "base", vocab_size=len(tokenizer))
     for file in base.glob("*token*"):
         file.unlink()
     (base / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.save_pretrained(base)
     own, other = (make_lora_export(tmp_path / f"{n}", base, n) for n in range(2))
     model = RewardModel.load(own, "cpu", adapters={"other": other})
+    embeddings = model.net.model.get_input_embeddings()
+    assert embeddings.num_embeddings == len(tokenizer) + 1
     near(model.score(*ROWS), RewardModel.load(own, "cpu").score(*ROWS))
 
 
