@@ -5,18 +5,23 @@ returns; without a cluster it starts one here and serves until Ctrl-C. Where the
 another EXPORT takes over without a pause. The fields are those of rayrm.config.ServeConfig, e.g.
 --replicas 2 --gpus_per_replica 1.
 
-    python jobs/serve.py --rollback [APP]
-
-serves again what the application served before.
+    python jobs/serve.py --canary SHARE EXPORT [APP]   let it score that share of the callers
+    python jobs/serve.py --shadow EXPORT [APP]         let it score what the served one has answered
+    python jobs/serve.py --compare [APP]               how rewards in the shadow differ
+    python jobs/serve.py --promote [APP]               let what is on trial score all callers
+    python jobs/serve.py --rollback [APP]              end the trial, or serve the version before
 """
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
 
 from rayrm.config import ServeConfig, describe
 from rayrm.errors import RayrmError
+
+OPERATIONS = ("--canary", "--shadow", "--compare", "--promote", "--rollback")
 
 
 def main(arguments: list[str]) -> None:
@@ -24,8 +29,8 @@ def main(arguments: list[str]) -> None:
         print(__doc__)
         print(describe(ServeConfig))
         return
-    if arguments[0] == "--rollback":
-        roll_back(*arguments[1:])
+    if arguments[0] in OPERATIONS:
+        print(operate(arguments[0], arguments[1:]), flush=True)
         return
     config = ServeConfig.load(arguments[0], arguments[1:])
 
@@ -50,13 +55,33 @@ def main(arguments: list[str]) -> None:
             serve.delete(config.app)
 
 
-def roll_back(app: str = "rayrm") -> None:
+def operate(verb: str, words: list[str]) -> str:
+    """What was done to an application that runs, in a line."""
+    parser = argparse.ArgumentParser(prog=f"jobs/serve.py {verb}")
+    if verb == "--canary":
+        parser.add_argument("share", type=float, help="of the callers, 0 to 1")
+    if verb in ("--canary", "--shadow"):
+        parser.add_argument("export")
+    parser.add_argument("app", nargs="?", default="rayrm")
+    args = parser.parse_args(words)
+
     import ray
 
-    from rayrm.serve import rollback
+    from rayrm.serve import compare, promote, rollback, try_out
 
     ray.init()
-    print(f"application {app!r} serves {rollback(app).version} again", flush=True)
+    match verb:
+        case "--canary":
+            served = try_out(args.app, args.export, args.share)
+            return f"{served.version} scores {args.share:.0%} of the callers of {args.app!r}"
+        case "--shadow":
+            return f"{try_out(args.app, args.export).version} scores what {args.app!r} has answered"
+        case "--compare":
+            return str(compare(args.app))
+        case "--promote":
+            return f"application {args.app!r} serves {promote(args.app).version}"
+        case _:
+            return f"application {args.app!r} serves {rollback(args.app).version} again"
 
 
 if __name__ == "__main__":

@@ -286,8 +286,8 @@ class RewardClient:
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
-                    app = await self._find(tuple(dict.fromkeys(rewards)), version or "")
-                    caller = caller or this_caller(self.caller)
+                    caller = caller or self._this_caller()
+                    app = await self._find(caller, tuple(dict.fromkeys(rewards)), version or "")
                     sending = Sending(app, self.app, id, caller, patience_s)
                     try:
                         return await sending.send(step, tokenizer, on_arrival)
@@ -301,19 +301,22 @@ class RewardClient:
                 f"application {self.app!r} did not score step {id} within timeout_s = {timeout_s:g}"
             ) from None
 
-    async def _find(self, rewards: tuple[str, ...], version: str) -> Application:
+    def _this_caller(self) -> Caller:
+        if not ray.is_initialized():
+            raise ServiceError("not connected to a Ray cluster: call ray.init() first")
+        return this_caller(self.caller)
+
+    async def _find(self, caller: Caller, rewards: tuple[str, ...], version: str) -> Application:
         """The application as it is now; waits while Serve's controller comes back."""
         attempt = 0
         while True:
             try:
-                return await asyncio.to_thread(self._ask, rewards, version)
+                return await asyncio.to_thread(self._ask, caller, rewards, version)
             except DROPPED as error:
                 logger.warning(f"Serve's controller is away: {error}")
                 await asyncio.sleep(backoff(attempt := attempt + 1))
 
-    def _ask(self, rewards: tuple[str, ...], version: str) -> Application:
-        if not ray.is_initialized():
-            raise ServiceError("not connected to a Ray cluster: call ray.init() first")
+    def _ask(self, caller: Caller, rewards: tuple[str, ...], version: str) -> Application:
         if self._found is None or time.monotonic() > self._found[2]:
             until = time.monotonic() + FOUND_SECONDS
             self._found = self._find_replicas(), self._running_replicas(), until
@@ -321,7 +324,7 @@ class RewardClient:
         if (record := read_record(self.app)) is None:
             return Application(handle, replicas, version=version, rewards=rewards)
         pack = record.config.tokens_per_pack
-        if (served := record.find(version)) is None:  # replicas may hold it still
+        if (served := record.find(version, caller.name)) is None:  # replicas may hold it still
             return Application(handle, replicas, pack, version, rewards)
         check_served(rewards, served.adapters)
         return Application(handle, replicas, pack, served.pin, rewards)

@@ -11,13 +11,16 @@ import time
 from collections import Counter as Tally
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from rayrm.config import OWN
+
+if TYPE_CHECKING:
+    from rayrm.shadow import Difference
 
 # Gauges of a run by the figure they show, as rayrm_train_<figure>: the latest step's, or the latest
 # evaluation's. One whose figure is None (grad_norm under ZeRO 0) is not shown.
@@ -36,6 +39,13 @@ EVALUATION = {
     "eval_loss": "Mean loss of the held-out pairs",
     "eval_accuracy": "Share of the held-out pairs that are ranked right",
     "eval_margin": "Mean reward of chosen less rejected over the held-out pairs",
+}
+
+# Gauges of a version in the shadow, over the latest rows: those of shadow.Difference.
+SHADOW = {
+    "mean_shift": "Mean reward in the shadow less that of the current version",
+    "rank_correlation": "Spearman's correlation of the rewards in the shadow with the current ones",
+    "disagreement": "Share of pairs of responses to one prompt that the two order differently",
 }
 
 # Seconds. Prometheus counts how many took at most so long.
@@ -140,6 +150,13 @@ class ServeMetrics:
         self.rows_found = Counter(
             "rayrm_serve_rows_found", "Rows not computed, since their reward was known or coming"
         )
+        self.unshadowed = Counter(
+            "rayrm_serve_unshadowed_rows", "Rows that a version in the shadow had no time to score"
+        )
+        self.differences = {
+            figure: Gauge(f"rayrm_serve_shadow_{figure}", meaning)
+            for figure, meaning in SHADOW.items()
+        }
         self._found = 0
         self._waiting = 0
         self._recent: dict[str, NDArray[np.float32]] = {}
@@ -179,6 +196,12 @@ class ServeMetrics:
         if rows > self._found:
             self.rows_found.inc(rows - self._found)
         self._found = rows
+
+    def compared(self, difference: Difference) -> None:
+        """Tell how the rewards of a version in the shadow differ; what cannot be told is not."""
+        for figure, gauge in self.differences.items():
+            if not np.isnan(value := getattr(difference, figure)):
+                gauge.set(value)
 
     def scored(
         self, values: NDArray[np.float32], errors: Sequence[Exception | None], reward: str = OWN

@@ -63,7 +63,10 @@ class ModelBroken(Exception):
 
 @dataclass(eq=False)
 class _Call:
-    """One caller's groups, their rewards as they come, and the future that waits for all."""
+    """One caller's groups, their rewards as they come, and the future that waits for all.
+
+    caller: None where nobody waits, which is computed when nothing else is there.
+    """
 
     caller: Hashable
     compute: Compute
@@ -131,7 +134,7 @@ class TokenQueue:
     async def score(
         self, groups: Sequence[TokenGroup], compute: Compute, caller: Hashable = None
     ) -> list[Scored]:
-        """Rewards of every group's responses."""
+        """Rewards of every group's responses; without a caller, once nobody waits for others."""
         if not groups:
             return []
         call = _Call(caller, compute, groups, asyncio.get_running_loop().create_future())
@@ -232,10 +235,11 @@ class TokenQueue:
     def _next_pack(self) -> list[_Place]:
         """The first group of the caller who was served least, and what fits beside it."""
         for caller in {place.call.caller for place in self._waiting} - self._served.keys():
-            self._served[caller] = self._now_served
+            self._served[caller] = math.inf if caller is None else self._now_served
         order = sorted(self._waiting, key=lambda place: self._served[place.call.caller])
         first, room = order[0].call, self.pack
-        self._now_served = self._served[first.caller]
+        if first.caller is not None:
+            self._now_served = self._served[first.caller]
         pack: list[_Place] = []
         for place in order:
             if not pack or (place.call.compute == first.compute and place.group.tokens <= room):

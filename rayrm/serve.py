@@ -1,9 +1,9 @@
 """The Serve application: replicas that merge what several callers send into full packs.
 
-deploy() starts it or gives it another export, rollback() the one before, and build() makes it from
-a Serve config. A Replica holds the Models, its TokenQueue decides what is computed next; with
-http.enabled, an Endpoint answers in front of the replicas. Knows nothing of how a step is cut into
-chunks, and nothing of training.
+deploy() starts it or gives it another export, try_out() lets one score a share of the callers or
+none, promote() and rollback() end that, and build() makes it from a Serve config. A Replica holds
+the Models, its TokenQueue decides what is computed next; with http.enabled, an Endpoint answers in
+front of the replicas. Knows nothing of how a step is cut into chunks, and nothing of training.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ray.serve.handle import DeploymentHandle
 
 from rayrm.adapters import read_adapters
 from rayrm.autoscale import OUTSTANDING, OutstandingTokens
-from rayrm.callers import CallsInProgress, Ticket
+from rayrm.callers import Caller, CallsInProgress, Ticket
 from rayrm.chunk import Chunk
 from rayrm.client import REPLICA
 from rayrm.config import OWN, HttpSection, ServeConfig
@@ -44,7 +44,8 @@ from rayrm.metrics import ServeMetrics
 from rayrm.model import check_max_length, load_config
 from rayrm.packing import TokenGroup
 from rayrm.queue import ModelBroken, TokenQueue
-from rayrm.versions import Models, Record, Served, read_record, together, write_record
+from rayrm.shadow import Comparison, Difference, merge
+from rayrm.versions import Models, Record, Served, Trial, read_record, together, write_record
 
 logger = logging.getLogger("ray.serve")
 
@@ -54,6 +55,9 @@ MAX_ONGOING_REQUESTS = 1024
 # How often replicas are asked whether they hold what is staged, and how long they may take to say.
 STAGING_POLL_S = 0.5
 STAGING_TIMEOUT_S = 10.0
+
+# So many chunks wait at most to be scored once more, by a version in the shadow.
+CHUNKS_SHADOWED = 16
 
 # What a Serve config has its own keys for.
 ELSEWHERE = {
@@ -87,13 +91,50 @@ def deploy(config: ServeConfig) -> None:
         _run(config)
 
 
+def try_out(app: str, export: str, share: float = 0.0) -> Served:
+    """Serve an export beside the current one; returns its version when all replicas have it.
+
+    It scores that share of the callers, whole steps of them (a canary). With share 0 it answers
+    nobody, but scores, when nothing else waits, what the current one has answered (a shadow), and
+    compare() tells how they differ. Takes the place of what was on trial before.
+
+    Raises ExportError, ModelError, or ConfigError for a share that is none; ServiceError where the
+    application does not run or a replica cannot load the export.
+    """
+    if not 0 <= share <= 1:
+        raise ConfigError(f"share = {share}: must be from 0 (answers nobody) to 1 (all callers)")
+    running = _running_record(app)
+    _, served = locate_export(running.config.model_copy(update={"export": export}))
+    _load_beside(running, served)
+    _replace(running, {"trial": Trial(served=served, share=share, since=time.time())})
+    return served
+
+
+def promote(app: str) -> Served:
+    """Let the version on trial score all callers from their next step on; says what that is."""
+    running = _running_record(app)
+    if running.trial is None:
+        raise ServiceError(f"application {app!r} has no version on trial: try one out first")
+    _switch(running, running.trial.served)
+    return running.trial.served
+
+
 def rollback(app: str) -> Served:
-    """Serve again what the application served before; says what that is."""
-    record = read_record(app)
-    if record is None or record.previous is None:
+    """End the trial; without one, serve again what was served before. Says what is served then."""
+    running = _running_record(app)
+    if running.trial:
+        _replace(running, {"trial": None})
+        return running.current
+    if running.previous is None:
         raise ServiceError(f"application {app!r} has no version before this one")
-    deploy(record.config.model_copy(update=record.previous.place))
-    return record.previous
+    deploy(running.config.model_copy(update=running.previous.place))
+    return running.previous
+
+
+def compare(app: str) -> Difference:
+    """How the rewards of the version in the shadow differ from those of the current one."""
+    replicas = serve.get_deployment_handle(REPLICA, app).broadcast("difference")
+    return merge(replicas.results(timeout_s=STAGING_TIMEOUT_S))
 
 
 def swap(running: Record, served: Served) -> Record:
@@ -101,6 +142,31 @@ def swap(running: Record, served: Served) -> Record:
 
     Raises ServiceError, and leaves things as they are, where a replica cannot load it.
     """
+    _load_beside(running, served)
+    return _switch(running, served)
+
+
+def _running_record(app: str) -> Record:
+    there = serve.status().applications.get(app)
+    record = read_record(app) if there and there.status == "RUNNING" else None
+    if record is None:
+        raise ServiceError(f"application {app!r} does not run: deploy it first")
+    return record
+
+
+def _replace(running: Record, changes: dict[str, Any]) -> Record:
+    write_record(record := running.model_copy(update=changes))
+    return record
+
+
+def _switch(running: Record, served: Served) -> Record:
+    config = running.config.model_copy(update=served.place)
+    after = {"config": config, "current": served, "previous": running.current, "trial": None}
+    return _replace(running, after)
+
+
+def _load_beside(running: Record, served: Served) -> None:
+    """Return when every replica holds it. Raises ServiceError where one cannot load it."""
     app = running.config.app
     staged = running.model_copy(update={"staged": served})
     write_record(staged)
@@ -114,10 +180,6 @@ def swap(running: Record, served: Served) -> Record:
         if read_record(app) == staged:
             write_record(running)
         raise
-    config = running.config.model_copy(update=served.place)
-    after = {"config": config, "current": served, "previous": running.current, "staged": None}
-    write_record(swapped := running.model_copy(update=after))
-    return swapped
 
 
 def _all_hold(handle: DeploymentHandle[Any], served: Served) -> bool:
@@ -277,6 +339,8 @@ class Replica:
         self.queue = TokenQueue(config.tokens_per_pack, config.max_queue_tokens)
         self.known = KnownRewards(config.cache_bytes)
         self.models = Models(app, config, self._load)
+        self.shadowing: set[asyncio.Task[None]] = set()
+        self.compared: tuple[Trial | None, Comparison] = None, Comparison()
         self._tokenizing = ThreadPoolExecutor(1, "tokenize")
 
     async def score(
@@ -290,7 +354,7 @@ class Replica:
             cost = chunk.cost * len(ticket.rewards)
             with self.queue.admit(ticket.caller, cost), self.in_progress.call(ticket):
                 model = await self.models.get(ticket.version)
-                return await self._score(model, chunk, ticket)
+                rewards = await self._score(model, chunk, ticket)
         except (Overloaded, VersionGone) as refusal:
             self.refused += 1
             self.metrics.refused(refusal)
@@ -298,6 +362,9 @@ class Replica:
         except ModelBroken:
             logger.exception(f"step={ticket.step} part={ticket.part} this replica ends itself")
             os._exit(1)  # Serve starts another, and callers send again what this one had
+        if self.models.shadow and OWN in rewards and ticket.version in ("", self.models.current):
+            self._shadow(self.models.shadow, chunk, rewards[OWN])
+        return rewards
 
     async def _score(self, model: RewardModel, chunk: Chunk, ticket: Ticket) -> dict[str, Rewards]:
         loop, started = asyncio.get_running_loop(), time.perf_counter()
@@ -307,7 +374,7 @@ class Replica:
             tokens = sum(group.tokens for group in encoded.groups) * len(models)
             with self.metrics.waiting(tokens):
                 scored = await asyncio.gather(
-                    *(self._score_by(m, encoded, ticket) for m in models.values())
+                    *(self._score_by(m, encoded, ticket.caller) for m in models.values())
                 )
             self.metrics.found(self.known.rows_found)
             rewards = dict(zip(models, scored, strict=True))
@@ -321,10 +388,39 @@ class Replica:
         )
         return rewards
 
-    async def _score_by(self, model: RewardModel, encoded: Encoded, ticket: Ticket) -> Rewards:
-        compute = partial(self.queue.score, compute=model.score_groups, caller=ticket.caller)
+    async def _score_by(
+        self, model: RewardModel, encoded: Encoded, caller: Caller | None
+    ) -> Rewards:
+        compute = partial(self.queue.score, compute=model.score_groups, caller=caller)
         scored = await self.known.score(model.version, encoded.groups, compute)
         return model.collect(encoded, [s.values for s in scored], [s.errors for s in scored])
+
+    def _shadow(self, trial: Trial, chunk: Chunk, rewards: Rewards) -> None:
+        """Score what is answered by another version too, when nothing else waits."""
+        if len(self.shadowing) >= CHUNKS_SHADOWED:
+            self.metrics.unshadowed.inc(len(rewards))
+            return
+        task = asyncio.create_task(self._compare(trial, chunk, rewards))
+        self.shadowing.add(task)
+        task.add_done_callback(self.shadowing.discard)
+
+    async def _compare(self, trial: Trial, chunk: Chunk, rewards: Rewards) -> None:
+        try:
+            model = await self.models.get(trial.served.pin)
+            encoded = await asyncio.to_thread(encode, model, chunk)
+            tried = await self._score_by(model, encoded, None)
+        except (VersionGone, ModelBroken):
+            logger.exception(f"version={trial.served.pin} cannot score what it is compared on")
+            return
+        if self.compared[0] != trial:
+            self.compared = trial, Comparison()
+        self.compared[1].add(chunk.prompt_of, rewards, tried)
+        self.metrics.compared(self.difference())
+
+    def difference(self) -> Difference:
+        """How the rewards in the shadow differ, as far as this replica knows."""
+        trial, comparison = self.compared
+        return (comparison if trial == self.models.shadow else Comparison()).difference()
 
     def _load(self, config: ServeConfig) -> RewardModel:
         model = load_replica(config)

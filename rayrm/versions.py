@@ -7,6 +7,7 @@ replica compares itself with it when it starts and every few seconds. Knows noth
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import threading
 import time
@@ -58,25 +59,53 @@ class Served(BaseModel, frozen=True):
         return {"export": self.export, "adapters": adapters}
 
 
+class Trial(BaseModel, frozen=True):
+    """A version that replicas hold beside the current one, and the share of callers it scores.
+
+    Of share 0 it answers nobody: it scores what the current one has answered (a shadow). since:
+    seconds since 1970; the same version tried again is another trial.
+    """
+
+    served: Served
+    share: float
+    since: float
+
+
 class Record(BaseModel):
     """What an application serves. config.export and config.adapters are those of current.
 
     started: the exports that Serve starts replicas with, though they then load current. staged:
-    what replicas load besides, until it becomes current. previous: what a rollback is to.
+    what replicas load besides, until it becomes current or is tried. previous: what a rollback is
+    to.
     """
 
     config: ServeConfig
     started: str
     current: Served
     staged: Served | None = None
+    trial: Trial | None = None
     previous: Served | None = None
 
-    def find(self, version: str) -> Served | None:
-        """What has that version of the own reward, "" for what is current."""
-        for served in (self.current, self.staged, self.previous):
-            if served and version in ("", served.version):
-                return served
-        return None
+    @property
+    def wanted(self) -> list[Served]:
+        """What every replica is to hold."""
+        tried = self.trial and self.trial.served
+        return [served for served in (self.current, self.staged, tried) if served]
+
+    def find(self, version: str, caller: str) -> Served | None:
+        """What has that version of the own reward; with "" what scores a caller of that name."""
+        if not version:
+            return self.chosen_for(caller)
+        known = [*self.wanted, *([self.previous] if self.previous else [])]
+        return next((served for served in known if served.version == version), None)
+
+    def chosen_for(self, caller: str) -> Served:
+        """What scores a caller of that name: always the same during a trial."""
+        if self.trial is None:
+            return self.current
+        drawn = hashlib.sha256(f"{self.trial.served.pin} {caller}".encode()).digest()
+        share = int.from_bytes(drawn[:8]) / 2**64
+        return self.trial.served if share < self.trial.share else self.current
 
 
 def read_record(app: str) -> Record | None:
@@ -112,6 +141,7 @@ class Models:
         self._asked: dict[str, float] = {}
         self._changing = threading.Lock()
         self._wake = threading.Event()
+        self.shadow: Trial | None = None
         self.current = self._start()
         threading.Thread(target=self._follow, name="follow", daemon=True).start()
 
@@ -133,13 +163,13 @@ class Models:
         if record is None:  # the application is being deleted
             return
         with self._changing:
-            wanted = [served for served in (record.current, record.staged) if served]
-            for served in wanted:
+            for served in record.wanted:
                 if served.pin not in self.held:
                     self._try(served)
             if record.current.pin in self.held:
                 self.current = record.current.pin
-            versions = {served.pin for served in wanted} | {self.current}
+            self.shadow = record.trial if record.trial and not record.trial.share else None
+            versions = {served.pin for served in record.wanted} | {self.current}
             for version in self.held.keys() - versions:
                 if time.monotonic() - self._asked.get(version, 0.0) > LINGER_S:
                     del self.held[version]
@@ -149,7 +179,7 @@ class Models:
     def _obtain(self, version: str) -> None:
         """Hold what is wanted though nobody told this replica yet; what is not wanted is gone."""
         record = read_record(self.app)
-        if record and version in {s.pin for s in (record.current, record.staged) if s}:
+        if record and version in {served.pin for served in record.wanted}:
             self.compare()
         if version not in self.held:
             raise VersionGone(f"{version} is not served (any more); {self.current} is")

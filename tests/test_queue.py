@@ -122,6 +122,29 @@ def test_a_caller_with_little_does_not_wait_for_one_with_much(local: RewardModel
     run(test())
 
 
+def test_what_nobody_waits_for_is_computed_last(local: RewardModel) -> None:
+    async def test() -> None:
+        gate, queue = Gate(local), TokenQueue(PACK, LIMIT)
+        order: list[str] = []
+
+        async def score(name: str, caller: str | None, first: int) -> None:
+            await queue.score(groups(10, first=first), gate, caller)
+            order.append(name)
+
+        calls = [asyncio.create_task(score("begun", "a", 5))]
+        await asyncio.sleep(GATHER_S * 5)
+        calls.append(asyncio.create_task(score("idle", None, 25)))
+        await asyncio.sleep(0)
+        calls += [asyncio.create_task(score(f"{c} {n}", c, 45)) for n in (1, 2) for c in "ab"]
+        for _ in range(6):
+            gate.open.release()
+            await asyncio.sleep(0.05)
+        await asyncio.gather(*calls)
+        assert order[0] == "begun" and order[-1] == "idle"
+
+    run(test())
+
+
 def test_models_do_not_share_a_pack(local: RewardModel) -> None:
     async def test() -> None:
         gates = [Gate(local), Gate(local)]
