@@ -38,12 +38,13 @@ def scrape(*tag: str) -> Samples:
 
 
 def wait_for(name: str, value: float, *tag: str) -> Samples:
-    """The first scrape in which that sample has that value."""
+    """A scrape, once that sample has that value and the others had the time to be reported too."""
     until = time.monotonic() + 20
     while (samples := scrape(*tag)).get(name) != value:
         assert time.monotonic() < until, samples
         time.sleep(0.2)
-    return samples
+    time.sleep(2.5)  # a process reports every second, and not all of its figures at one moment
+    return scrape(*tag)
 
 
 @pytest.fixture
