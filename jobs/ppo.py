@@ -1,0 +1,371 @@
+"""PPO on the reward service: policy and critic learn here, rewards come from RewardClient.
+
+    jobs/ppo.py EXPORT [--seeds 0 1 2] [--policy BASE] [--steps 24] [--directory runs/ppo]
+
+Rollout workers sample responses to the sample's questions, hand the step to the service, and sample
+the next while its rewards are computed. So what is learned from is one update old, and is weighed
+by the log-probabilities that it was sampled with (Schulman et al. 2017, arXiv:1707.06347). The
+critic starts as the reward model. Before and after, responses to held-out prompts are scored, and
+judged by what each question demands, which nothing here learns from; jobs/ppo_report.py tells how
+that went. Knows nothing of how rewards are computed, of replicas that die or versions that change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, fields
+from itertools import chain, cycle
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import ray
+import torch
+from ray import serve
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+
+from rayrm import RewardClient, Rewards, ServeConfig, deploy
+from rayrm.errors import RayrmError
+from rayrm.foreign import open_model
+from rayrm.model import DEFAULT_BASE, find_model
+from rayrm.sample import Question, questions
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run. Lengths in tokens; kl_penalty a nat, in standard deviations of held-out rewards."""
+
+    export: str
+    policy: str = DEFAULT_BASE
+    app: str = "ppo"
+    seed: int = 0
+    steps: int = 24
+    workers: int = 2
+    prompts_per_worker: int = 6
+    responses_per_prompt: int = 4
+    max_response: int = 24
+    epochs: int = 2
+    rows_per_minibatch: int = 24
+    trained_layers: int = 8
+    learning_rate: float = 3e-5
+    clip: float = 0.2
+    kl_penalty: float = 0.05
+    discount: float = 1.0
+    gae_lambda: float = 0.95
+    held_out: int = 128
+    device: str = "cpu"
+
+
+@dataclass
+class Rollout:
+    """B rows: prompts padded on the left, then responses, padded on the right to R tokens.
+
+    ids, mask: int64 [B, prompt + R], mask 0 at padding. old, reference: float32 [B, R], log-probs
+    of responses under the policy that sampled them and under the reference. finished: bool [B],
+    False where one was cut off. waited: seconds with nothing left to do but to wait for rewards.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    old: Tensor
+    reference: Tensor
+    finished: Tensor
+    rewards: Rewards | None = None
+    waited: float = 0.0
+
+    @property
+    def response_mask(self) -> Tensor:
+        return self.mask[:, -self.old.shape[1] :].bool()
+
+    def rows(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Prompts and responses as token ids, without padding."""
+        prompt = self.ids.shape[1] - self.old.shape[1]
+        kept = [(row, k.bool()) for row, k in zip(self.ids, self.mask, strict=True)]
+        prompts = [row[:prompt][k[:prompt]].tolist() for row, k in kept]
+        return prompts, [row[prompt:][k[prompt:]].tolist() for row, k in kept]
+
+
+def forward(model: Any, ids: Tensor, mask: Tensor, **options: Any) -> Any:
+    """Logits of every token, [B, T, ·]."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return model(ids, attention_mask=mask, position_ids=positions, **options).logits
+
+
+def log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Of tokens [B, R], by logits [B, R, vocabulary]: float32 [B, R]."""
+    flat = logits.flatten(0, 1).float(), tokens.flatten()
+    return -F.cross_entropy(*flat, reduction="none").view(tokens.shape)
+
+
+class RolloutWorker:
+    """Samples a step while the rewards of the one before are on their way."""
+
+    def __init__(self, settings: Settings, rank: int) -> None:
+        torch.manual_seed(1000 * settings.seed + rank)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.workers))
+        self.settings = settings
+        path = find_model(settings.policy)
+        self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+        self.policy, self.reference = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(settings.device)
+            for _ in range(2)
+        )
+        ends = torch.tensor(self.policy.generation_config.eos_token_id, device=settings.device)
+        self.ends = ends.flatten()  # a chat model has several
+        asked = questions(settings.seed, "train", 1024)[rank :: settings.workers]
+        self.prompts = cycle(question.prompt for question in asked)
+        self.client = RewardClient(settings.app, caller=f"rollout-{rank}")
+        self.pending: tuple[Rollout, Future[Rewards]] | None = None
+
+    def rollout(self, weights: dict[str, Tensor]) -> Rollout | None:
+        """Sample a step and send it; the step before with its rewards, None the first time."""
+        self.policy.load_state_dict(weights)
+        prompts = [next(self.prompts) for _ in range(self.settings.prompts_per_worker)]
+        sampled = self.sample(prompts, self.settings.responses_per_prompt)
+        before, self.pending = self.pending, (sampled, self.send([sampled]))
+        if before is None:
+            return None
+        rollout, rewards = before
+        started = time.perf_counter()
+        rollout.rewards = rewards.result()
+        rollout.waited = time.perf_counter() - started
+        return rollout
+
+    def evaluate(
+        self, weights: dict[str, Tensor], asked: Sequence[Question]
+    ) -> list[tuple[float, int]]:
+        """Reward and latent quality of a response to each, sampled with the same luck each time."""
+        self.policy.load_state_dict(weights)
+        state = torch.get_rng_state()
+        torch.manual_seed(0)
+        prompts = [question.prompt for question in asked]
+        parts = [self.sample(prompts[i : i + 32], 1) for i in range(0, len(prompts), 32)]
+        torch.set_rng_state(state)
+        texts = [t for part in parts for t in self.tokenizer.batch_decode(part.rows()[1], True)]
+        quality = [q.quality(text.strip()) for q, text in zip(asked, texts, strict=True)]
+        return list(zip(self.send(parts).result().values.tolist(), quality, strict=True))
+
+    def send(self, parts: Sequence[Rollout]) -> Future[Rewards]:
+        rows = zip(*(part.rows() for part in parts), strict=True)
+        prompts, responses = ([*chain(*column)] for column in rows)
+        finished = torch.cat([part.finished for part in parts]).tolist()
+        return self.client.submit(prompts, responses, finished=finished, tokenizer=self.tokenizer)
+
+    @torch.inference_mode()
+    def sample(self, prompts: Sequence[str], responses: int) -> Rollout:
+        """At temperature 1 from the whole vocabulary, since that is what the learner computes."""
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        form = {"add_generation_prompt": True, "padding": True, "return_tensors": "pt"}
+        asked = self.tokenizer.apply_chat_template(chats, return_dict=True, **form)
+        sampled = self.policy.generate(
+            **asked.to(self.settings.device),
+            **{"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
+            **{"output_logits": True, "return_dict_in_generate": True},
+            num_return_sequences=responses,
+            max_new_tokens=self.settings.max_response,
+            pad_token_id=self.ends[0].item(),
+        )
+        ids, response = sampled.sequences, sampled.sequences[:, asked["input_ids"].shape[1] :]
+        ends = torch.isin(response, self.ends)
+        kept = ends.cumsum(1) - ends.long() == 0  # up to the first end, which is the response's own
+        mask = torch.cat([asked["attention_mask"].repeat_interleave(responses, 0), kept], 1)
+        old = log_probs(torch.stack(sampled.logits, 1), response)
+        logits = forward(self.reference, ids, mask, logits_to_keep=response.shape[1] + 1)
+        reference = log_probs(logits[:, :-1], response)
+        finished = ends.any(1).cpu()
+        return Rollout(ids.cpu(), mask.cpu(), old.cpu(), reference.cpu(), finished)
+
+
+class Learner:
+    """Policy and critic: weights in fp32, computed in bf16."""
+
+    def __init__(self, settings: Settings) -> None:
+        torch.manual_seed(settings.seed)
+        torch.set_num_threads(os.cpu_count() or 1)  # Ray gives an actor without CPUs one
+        self.settings = settings
+        reward_model, export = open_model(settings.export)
+        self.mean, self.std = export.reward_mean or 0.0, export.reward_std or 1.0
+        # The critic has the reward model's head at every token instead of the last one.
+        loads = (AutoModelForCausalLM, AutoModelForTokenClassification)
+        paths = (find_model(settings.policy), reward_model)
+        self.policy, self.critic = models = [
+            load.from_pretrained(path, dtype=torch.float32).to(settings.device)
+            for load, path in zip(loads, paths, strict=True)
+        ]
+        self.trained = [thaw(model, settings.trained_layers) for model in models]
+        self.optimizers = [
+            torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=0.0, fused=True)
+            for parameters in self.trained
+        ]
+
+    def weights(self) -> dict[str, Tensor]:
+        return {k: v.to("cpu", torch.bfloat16) for k, v in self.policy.state_dict().items()}
+
+    def update(self, *rollouts: Rollout) -> Figures:
+        """Some epochs over what was sampled; means over their optimizer steps."""
+        batches = [self.estimate(rollout) for rollout in rollouts]
+        tokens = torch.cat([b["advantages"][b["kept"]] for b in batches])
+        for batch in batches:
+            batch["advantages"] = (batch["advantages"] - tokens.mean()) / tokens.std()
+        told: list[Figures] = []
+        for _ in range(self.settings.epochs):
+            for batch in batches:
+                order = torch.randperm(len(batch["ids"]))
+                for rows in order.split(self.settings.rows_per_minibatch):
+                    told.append(self.step({k: v[rows] for k, v in batch.items()}))
+        return {key: fmean(t[key] for t in told) for key in told[0]}
+
+    @torch.no_grad()
+    def estimate(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Advantages and returns, float32 [B, R], of the rows that have a reward."""
+        assert rollout.rewards is not None
+        settings, mask = self.settings, rollout.response_mask
+        rewards = -settings.kl_penalty * (rollout.old - rollout.reference) * mask
+        score = (torch.from_numpy(rollout.rewards.values) - self.mean) / self.std
+        rewards[torch.arange(len(mask)), mask.sum(1) - 1] += score
+        ids, every = rollout.ids.to(settings.device), rollout.mask.to(settings.device)
+        values = self.values(ids, every, mask.shape[1]).cpu() * mask
+        advantages = gae(rewards, values, mask, settings.discount, settings.gae_lambda)
+        batch = {"ids": rollout.ids, "mask": rollout.mask, "kept": mask, "old": rollout.old}
+        batch |= {"advantages": advantages, "returns": advantages + values}
+        return {key: value[score.isfinite()] for key, value in batch.items()}
+
+    def values(self, ids: Tensor, mask: Tensor, responses: int) -> Tensor:
+        """What the critic expects before each of the last so many tokens, float32 [B, R]."""
+        with torch.autocast(self.settings.device, torch.bfloat16):
+            values = forward(self.critic, ids, mask)[:, -responses - 1 : -1, 0]
+        return (values.float() - self.mean) / self.std
+
+    def step(self, batch: dict[str, Tensor]) -> Figures:
+        """One optimizer step: the clipped surrogate (equation 7 of the paper), squared errors."""
+        columns = [tensor.to(self.settings.device) for tensor in batch.values()]
+        ids, mask, kept, old, advantages, returns = columns
+        responses, clip = old.shape[1], self.settings.clip
+        with torch.autocast(self.settings.device, torch.bfloat16):
+            logits = forward(self.policy, ids, mask, logits_to_keep=responses + 1)
+        ratio = (log_probs(logits[:, :-1], ids[:, -responses:]) - old).exp()
+        clipped = ratio.clamp(1 - clip, 1 + clip)
+        policy_loss = -torch.minimum(ratio * advantages, clipped * advantages)[kept].mean()
+        value_loss = (self.values(ids, mask, responses) - returns).square()[kept].mean() / 2
+        (policy_loss + value_loss).backward()
+        for parameters, optimizer in zip(self.trained, self.optimizers, strict=True):
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        outside = (ratio != clipped)[kept].float().mean()
+        return {"clipped": outside.item(), "value_loss": value_loss.item()}
+
+
+def thaw(model: Any, layers: int) -> list[torch.nn.Parameter]:
+    """Train the last layers, the final norm and a head of its own; the rest stays as it is."""
+    model.requires_grad_(False)
+    base, head = model.base_model, getattr(model, "score", None)
+    for part in (*base.layers[-layers:], base.norm, *([head] if head else [])):
+        part.requires_grad_(True)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, discount: float, lam: float) -> Tensor:
+    """Advantages [B, R] (Schulman et al. 2016, arXiv:1506.02438, equation 16), 0 behind the end."""
+    advantages = torch.zeros_like(rewards)
+    advantage = value = torch.zeros(len(rewards))
+    for t in reversed(range(rewards.shape[1])):
+        advantage = rewards[:, t] + discount * (value + lam * advantage) - values[:, t]
+        advantage, value = advantage * mask[:, t], values[:, t] * mask[:, t]
+        advantages[:, t] = advantage
+    return advantages
+
+
+def train(settings: Settings) -> Figures:
+    """A run from the base: its history, and what it did to responses to held-out prompts."""
+    held_out = questions(settings.seed, "test", settings.held_out)
+    actor: Any = ray.remote(
+        num_cpus=0, num_gpus=settings.device == "cuda"
+    )  # they take turns on the cores
+    learner = actor(Learner).remote(settings)
+    workers = [actor(RolloutWorker).remote(settings, rank) for rank in range(settings.workers)]
+    weights = learner.weights.remote()
+    shares = [held_out[rank :: settings.workers] for rank in range(settings.workers)]
+    asked = list(zip(workers, shares, strict=True))
+    before = ray.get([worker.evaluate.remote(weights, share) for worker, share in asked])
+    ray.get([worker.rollout.remote(weights) for worker in workers])
+    history: list[Figures] = []
+    for step in range(1, settings.steps + 1):
+        started = time.perf_counter()
+        rollouts = ray.get([worker.rollout.remote(weights) for worker in workers])
+        losses = ray.get(learner.update.remote(*rollouts))
+        weights = learner.weights.remote()
+        seconds = time.perf_counter() - started
+        history.append({"step": step, **losses, **summarize(rollouts), "seconds": seconds})
+        print(table_row(history[-1]), flush=True)
+    after = ray.get([worker.evaluate.remote(weights, share) for worker, share in asked])
+    judged = {"before": [*chain(*before)], "after": [*chain(*after)]}
+    return {"settings": asdict(settings), "history": history, "held_out": judged}
+
+
+def summarize(rollouts: Sequence[Rollout]) -> Figures:
+    masks = [rollout.response_mask for rollout in rollouts]
+    kl = [((r.old - r.reference) * m).sum(1) for r, m in zip(rollouts, masks, strict=True)]
+    scored = [rollout.rewards for rollout in rollouts if rollout.rewards]
+    finished = torch.cat([rollout.finished for rollout in rollouts]).float().mean().item()
+    return {
+        "reward": fmean(v for r in scored for v in r.values.tolist() if not math.isnan(v)),
+        "kl": torch.cat(kl).mean().item(),
+        "tokens": torch.cat([m.sum(1) for m in masks]).float().mean().item(),
+        "unfinished": 1 - finished,
+        "waited": max(rollout.waited for rollout in rollouts),
+        "version": ", ".join(sorted({v for r in scored for v in r.versions})),
+    }
+
+
+COLUMNS = {"step": ".0f", "reward": ".3f", "kl": ".2f", "tokens": ".1f", "unfinished": ".0%"}
+COLUMNS |= {"clipped": ".3f", "value_loss": ".3f", "seconds": ".1f", "waited": ".1f"}
+
+
+def table_row(figures: Figures) -> str:
+    header = "  ".join([*COLUMNS, "version"]) + "\n"
+    row = [format(figures[name], form).rjust(len(name)) for name, form in COLUMNS.items()]
+    return header * (figures["step"] == 1) + "  ".join([*row, figures["version"]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("export", help="the critic's start, and what is served where --app is not")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--directory", type=Path, default="runs/ppo")
+    for field in fields(Settings):
+        if field.name not in ("export", "seed"):
+            parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+    args = vars(parser.parse_args())
+    seeds, directory = args.pop("seeds"), args.pop("directory")
+    ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    if args["app"] not in serve.status().applications:
+        deploy(
+            ServeConfig(
+                export=args["export"], app=args["app"], gpus_per_replica=args["device"] == "cuda"
+            )
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    runs: list[Figures] = []
+    for seed in seeds:
+        runs.append(train(Settings(**args, seed=seed)))
+        (directory / "ppo.json").write_text(json.dumps(runs, indent=1))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except RayrmError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

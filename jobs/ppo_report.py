@@ -1,0 +1,65 @@
+"""What a run of jobs/ppo.py came to: jobs/ppo_report.py runs/ppo
+
+Prints, for each seed, rewards and latent quality of responses to held-out prompts before and after,
+KL, clipping and the share of the time spent waiting for rewards; draws ppo.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from matplotlib.figure import Figure
+
+COLUMNS = "seed, reward before, after, t, quality before, after, t, KL, clipped, seconds, waited"
+
+
+def paired_t(before: Sequence[float], after: Sequence[float]) -> float:
+    """Student's t of the differences, pair by pair; 0 where all are the same."""
+    gains = [b - a for a, b in zip(before, after, strict=True)]
+    spread = stdev(gains)
+    return fmean(gains) / (spread / math.sqrt(len(gains))) if spread else 0.0
+
+
+def outcome(run: dict[str, Any]) -> str:
+    """A run as a row of the table; KL of the last step, clipping over all of them."""
+    history, judged = run["history"], run["held_out"]
+    row = [str(run["settings"]["seed"])]
+    for k in (0, 1):
+        before, after = ([value[k] for value in judged[when]] for when in ("before", "after"))
+        row += [f"{fmean(before):.3f}", f"{fmean(after):.3f}", f"{paired_t(before, after):.1f}"]
+    seconds, waited = (sum(h[key] for h in history) for key in ("seconds", "waited"))
+    row += [f"{history[-1]['kl']:.1f}", f"{fmean(h['clipped'] for h in history):.3f}"]
+    return f"| {' | '.join([*row, f'{seconds:.0f}', f'{waited / seconds:.1%}'])} |"
+
+
+def draw(runs: Sequence[dict[str, Any]], file: Path) -> None:
+    """Reward and KL to the reference over the steps, a line a seed."""
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    titles = {"reward": "mean reward", "kl": "KL to the reference, nats a response"}
+    for axes, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        for run in runs:
+            axes.plot([h[key] for h in run["history"]], label=f"seed {run['settings']['seed']}")
+        axes.set(title=title, xlabel="step")
+    axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("directory", type=Path)
+    directory: Path = parser.parse_args().directory
+    runs = json.loads((directory / "ppo.json").read_text())
+    print(f"| {COLUMNS.replace(', ', ' | ')} |\n{'|---' * len(COLUMNS.split(','))}|")
+    for run in runs:
+        print(outcome(run))
+    draw(runs, directory / "ppo.png")
+
+
+if __name__ == "__main__":
+    main()

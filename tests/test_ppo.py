@@ -1,0 +1,197 @@
+"""The PPO job: its arithmetic by hand; a run whose replica dies and whose reward model changes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ray import serve
+
+from jobs import ppo_report
+from jobs.ppo import Learner, Rollout, RolloutWorker, Settings, forward, gae, log_probs, train
+from rayrm.config import ServeConfig
+from rayrm.engine import RewardModel, Rewards
+from rayrm.sample import questions
+from rayrm.serve import deploy
+from tests.test_serve import stats, until
+
+APP = "ppo"
+
+
+@pytest.fixture(scope="module")
+def settings(cluster: None, tiny_export: Path) -> Iterator[Settings]:
+    deploy(ServeConfig(export=str(tiny_export), app=APP, replicas=2))
+    threads = torch.get_num_threads()
+    yield Settings(
+        str(tiny_export),
+        str(tiny_export.parent / "base"),
+        prompts_per_worker=2,
+        responses_per_prompt=2,
+        rows_per_minibatch=4,
+        held_out=8,
+        max_response=12,
+        trained_layers=1,
+        learning_rate=1e-2,
+    )
+    torch.set_num_threads(threads)  # what runs here besides actors has set others
+    serve.delete(APP)
+
+
+@pytest.fixture(scope="module")
+def worker(settings: Settings) -> RolloutWorker:
+    return RolloutWorker(settings, 0)
+
+
+@pytest.fixture(scope="module")
+def sampled(worker: RolloutWorker) -> Rollout:
+    return worker.sample(["Name a fruit.", "Name three colours, please."], 8)
+
+
+def rewards_of(rollout: Rollout) -> Rewards:
+    n = len(rollout.ids)
+    nothing = torch.zeros(n, dtype=torch.bool).numpy()
+    values = torch.linspace(-1, 1, n).numpy()
+    return Rewards(values, [None] * n, nothing, nothing, ["tiny@1"] * n)
+
+
+def test_advantages_are_the_discounted_sums_of_the_errors_that_follow() -> None:
+    torch.manual_seed(0)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    rewards, values = torch.randn(2, 4) * mask, torch.randn(2, 4) * mask
+    found = gae(rewards, values, mask, 0.9, 0.8)
+    for b, length in enumerate((4, 2)):
+        later = [*values[b, 1:length].tolist(), 0.0]
+        errors = [float(rewards[b, t] + 0.9 * later[t] - values[b, t]) for t in range(length)]
+        for t in range(length):
+            sums = sum((0.9 * 0.8) ** (u - t) * errors[u] for u in range(t, length))
+            assert found[b, t] == pytest.approx(sums, abs=1e-6)
+    assert not found[1, 2:].any()
+
+
+def test_a_response_ends_with_its_first_end_or_is_unfinished(
+    worker: RolloutWorker, sampled: Rollout
+) -> None:
+    assert set(sampled.finished.tolist()) == {True, False}
+    ends = set(worker.ends.tolist())
+    for response, finished in zip(sampled.rows()[1], sampled.finished.tolist(), strict=True):
+        assert not ends & set(response[:-1])
+        assert (response[-1] in ends) == finished
+        assert finished or len(response) == 12
+
+
+def test_prompts_are_what_the_reward_model_was_trained_on(
+    worker: RolloutWorker, sampled: Rollout, tiny_export: Path
+) -> None:
+    prompts, responses = sampled.rows()
+    rewards = worker.send([sampled]).result()
+    assert rewards.errors == [None] * 16
+    assert rewards.unfinished.tolist() == [not finished for finished in sampled.finished.tolist()]
+    local = RewardModel.load(tiny_export, "cpu")
+    made_by = worker.tokenizer
+    expected = local.score(
+        prompts, responses, finished=sampled.finished.tolist(), tokenizer=made_by
+    )
+    assert rewards.values == pytest.approx(expected.values, abs=1e-5)
+
+
+def test_log_probabilities_are_of_the_tokens_as_they_were_sampled(
+    worker: RolloutWorker, sampled: Rollout
+) -> None:
+    assert worker.settings.max_response == sampled.old.shape[1]
+    kept = sampled.response_mask
+    # The reference is the policy here: computed at once, and token by token with a cache, in bf16.
+    assert (sampled.old - sampled.reference)[kept].abs().max() < 0.1
+    with torch.inference_mode():
+        for b, (prompt, response) in enumerate(zip(*sampled.rows(), strict=True)):
+            row = torch.tensor([prompt + response])
+            logits = forward(worker.policy, row, torch.ones_like(row))[:, len(prompt) - 1 : -1]
+            alone = log_probs(logits, torch.tensor([response]))[0]
+            assert (alone - sampled.old[b][kept[b]]).abs().max() < 0.1
+
+
+def test_the_score_is_the_last_tokens_reward_and_moving_away_costs(
+    settings: Settings, sampled: Rollout
+) -> None:
+    learner = Learner(settings)
+    sampled.rewards = rewards_of(sampled)
+    assert sampled.rewards.values[0] == -1
+    sampled.rewards.values[0] = math.nan
+    batch = learner.estimate(sampled)
+    assert len(batch["ids"]) == 15, "a row without a reward is left out"
+    kept, values = batch["kept"], batch["returns"] - batch["advantages"]
+    score = torch.linspace(-1, 1, 16)[1:]
+    penalty = settings.kl_penalty * (sampled.old - sampled.reference)[1:] * kept
+    for b in range(15):
+        rewards = -penalty[b]
+        rewards[int(kept[b].sum()) - 1] += score[b]
+        row = (rewards[None], values[b][None], kept[b][None])
+        assert torch.allclose(gae(*row, 1.0, 0.95)[0], batch["advantages"][b], atol=1e-5)
+    sampled.rewards = None
+
+
+def test_only_the_last_layers_are_trained_and_they_are(
+    settings: Settings, sampled: Rollout
+) -> None:
+    learner = Learner(settings)
+    before = learner.weights()
+    sampled.rewards = rewards_of(sampled)
+    figures = learner.update(sampled)
+    assert 0 < figures["clipped"] < 1
+    changed = {name for name, w in learner.weights().items() if not torch.equal(w, before[name])}
+    assert changed and all("layers.1." in name or "norm" in name for name in changed)
+    sampled.rewards = None
+
+
+def test_paired_t_by_hand() -> None:
+    # Gains 1, 2, 3: mean 2, standard deviation 1.
+    assert ppo_report.paired_t([0, 0, 1], [1, 2, 4]) == pytest.approx(2 / (1 / math.sqrt(3)))
+    assert ppo_report.paired_t([0, 1], [0, 1]) == 0
+
+
+def test_questions_are_judged_where_they_are_sampled(worker: RolloutWorker) -> None:
+    asked = questions(0, "test", 8)
+    weights = worker.policy.state_dict()
+    judged = worker.evaluate(weights, asked)
+    assert judged == worker.evaluate(weights, asked), "the same luck"
+    assert len(judged) == 8 and all(quality in (0, 1, 2) for _, quality in judged)
+
+
+def test_a_run_goes_on_through_a_killed_replica_and_a_new_version(
+    settings: Settings, other_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What kills and deploys waits until the service has answered some steps of the run."""
+
+    def disturb() -> None:
+        calls = sum(replica["calls"] for replica in stats(APP))
+        until(lambda: sum(replica["calls"] for replica in stats(APP)) >= calls + 8)
+        os.kill(stats(APP)[0]["pid"], signal.SIGKILL)
+        deploy(ServeConfig(export=str(other_export), app=APP, replicas=2))
+
+    disturbing = threading.Thread(target=disturb)
+    disturbing.start()
+    runs: list[dict[str, Any]] = []
+    steps = 6
+    while not runs or disturbing.is_alive():
+        runs.append(train(Settings(**{**vars(settings), "steps": steps, "seed": len(runs)})))
+    runs.append(train(Settings(**{**vars(settings), "steps": steps, "seed": len(runs)})))
+    for run in runs:
+        assert len(run["history"]) == steps
+        assert all(
+            math.isfinite(h["reward"]) and h["waited"] < h["seconds"] for h in run["history"]
+        )
+        assert len(run["held_out"]["before"]) == len(run["held_out"]["after"]) == 8
+    assert any(h["clipped"] > 0 for run in runs for h in run["history"])
+    versions = [h["version"] for run in runs for h in run["history"]]
+    assert versions[0] != versions[-1]
+    (tmp_path / "ppo.json").write_text(json.dumps(runs))
+    monkeypatch.setattr("sys.argv", ["ppo_report.py", str(tmp_path)])
+    ppo_report.main()
+    assert (tmp_path / "ppo.png").stat().st_size > 10_000
