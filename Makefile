@@ -12,6 +12,12 @@ quickstart: env  ## generate preferences, train, evaluate, serve and score: unde
 parity: env .venv-trl/.installed  ## 20 steps beside TRL's RewardTrainer: the same losses and rewards
 	@$(BIN)/python jobs/parity.py
 
+ppo: env  ## PPO with three seeds on the quickstart's export: ten minutes each
+	@for seed in 0 1 2; do \
+		$(BIN)/python jobs/ppo.py runs/quickstart/export --seed $$seed --directory runs/ppo/$$seed || exit 1; \
+	done
+	@$(BIN)/python jobs/ppo_report.py runs/ppo/ppo.png runs/ppo/?/ppo.json
+
 bench: env .venv-trl/.installed .venv-vllm/.installed  ## speed and memory beside TRL, vLLM and transformers
 	@$(BIN)/python jobs/bench.py $(ARGS)
 
@@ -56,8 +62,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@.venv-$*/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-clean:  ## remove the environments and what quickstart, parity and bench made
-	rm -rf $(VENV) .venv-* runs/quickstart runs/parity runs/bench
+clean:  ## remove the environments and what quickstart, parity, ppo and bench made
+	rm -rf $(VENV) .venv-* runs/quickstart runs/parity runs/ppo runs/bench
 
-.PHONY: help quickstart parity bench test test-slow faults soak check format env clean
+.PHONY: help quickstart parity ppo bench test test-slow faults soak check format env clean
 .DEFAULT_GOAL := help

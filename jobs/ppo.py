@@ -1,13 +1,13 @@
 """PPO on the reward service: policy and critic learn here, rewards come from RewardClient.
 
-    jobs/ppo.py EXPORT [--seeds 0 1 2] [--policy BASE] [--steps 24] [--directory runs/ppo]
+    jobs/ppo.py EXPORT [--policy BASE] [--seed 0] [--steps 24] [--directory runs/ppo]
 
 Rollout workers sample responses to the sample's questions, hand the step to the service, and sample
 the next while its rewards are computed. So what is learned from is one update old, and is weighed
 by the log-probabilities that it was sampled with (Schulman et al. 2017, arXiv:1707.06347). The
 critic starts as the reward model. Before and after, responses to held-out prompts are scored, and
-judged by what each question demands, which nothing here learns from; jobs/ppo_report.py tells how
-that went. Knows nothing of how rewards are computed, of replicas that die or versions that change.
+judged by what each question demands, which nothing here learns from: see jobs/ppo_report.py. Knows
+nothing of how rewards are computed, of replicas that die or versions that change.
 """
 
 from __future__ import annotations
@@ -42,10 +42,13 @@ from rayrm.sample import Question, questions
 
 Figures = dict[str, Any]
 
+COLUMNS = {"step": "2d", "reward": "6.3f", "kl": ".2f", "tokens": ".1f", "unfinished": ".0%"}
+COLUMNS |= {"clipped": ".3f", "value_loss": ".3f", "seconds": ".1f", "waited": ".1f", "version": ""}
+
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. Lengths in tokens; kl_penalty a nat, in standard deviations of held-out rewards."""
+    """One run. Lengths in tokens; penalties in standard deviations of the held-out rewards."""
 
     export: str
     policy: str = DEFAULT_BASE
@@ -59,10 +62,10 @@ class Settings:
     epochs: int = 2
     rows_per_minibatch: int = 24
     trained_layers: int = 8
-    learning_rate: float = 3e-5
+    learning_rate: float = 5e-5
     clip: float = 0.2
     kl_penalty: float = 0.05
-    discount: float = 1.0
+    unfinished_penalty: float = 2.0
     gae_lambda: float = 0.95
     held_out: int = 128
     device: str = "cpu"
@@ -72,29 +75,24 @@ class Settings:
 class Rollout:
     """B rows: prompts padded on the left, then responses, padded on the right to R tokens.
 
-    ids, mask: int64 [B, prompt + R], mask 0 at padding. old, reference: float32 [B, R], log-probs
-    of responses under the policy that sampled them and under the reference. finished: bool [B],
-    False where one was cut off. waited: seconds with nothing left to do but to wait for rewards.
+    ids, mask: int64 [B, prompt + R], mask 0 at padding; kept: bool [B, R], that of the responses.
+    old, reference: float32 [B, R], log-probs under the policy that sampled and the reference.
+    finished: bool [B], False where cut off. waited: seconds of only waiting for rewards.
     """
 
     ids: Tensor
     mask: Tensor
     old: Tensor
     reference: Tensor
+    kept: Tensor
     finished: Tensor
     rewards: Rewards | None = None
     waited: float = 0.0
 
-    @property
-    def response_mask(self) -> Tensor:
-        return self.mask[:, -self.old.shape[1] :].bool()
-
-    def rows(self) -> tuple[list[list[int]], list[list[int]]]:
+    def rows(self) -> list[list[list[int]]]:
         """Prompts and responses as token ids, without padding."""
-        prompt = self.ids.shape[1] - self.old.shape[1]
-        kept = [(row, k.bool()) for row, k in zip(self.ids, self.mask, strict=True)]
-        prompts = [row[:prompt][k[:prompt]].tolist() for row, k in kept]
-        return prompts, [row[prompt:][k[prompt:]].tolist() for row, k in kept]
+        ids = self.ids.where(self.mask.bool(), -1).tensor_split([-self.kept.shape[1]], dim=1)
+        return [[row[row >= 0].tolist() for row in part] for part in ids]
 
 
 def forward(model: Any, ids: Tensor, mask: Tensor, **options: Any) -> Any:
@@ -148,11 +146,10 @@ class RolloutWorker:
     ) -> list[tuple[float, int]]:
         """Reward and latent quality of a response to each, sampled with the same luck each time."""
         self.policy.load_state_dict(weights)
-        state = torch.get_rng_state()
-        torch.manual_seed(0)
         prompts = [question.prompt for question in asked]
-        parts = [self.sample(prompts[i : i + 32], 1) for i in range(0, len(prompts), 32)]
-        torch.set_rng_state(state)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            parts = [self.sample(prompts[i : i + 32], 1) for i in range(0, len(prompts), 32)]
         texts = [t for part in parts for t in self.tokenizer.batch_decode(part.rows()[1], True)]
         quality = [q.quality(text.strip()) for q, text in zip(asked, texts, strict=True)]
         return list(zip(self.send(parts).result().values.tolist(), quality, strict=True))
@@ -185,7 +182,7 @@ class RolloutWorker:
         logits = forward(self.reference, ids, mask, logits_to_keep=response.shape[1] + 1)
         reference = log_probs(logits[:, :-1], response)
         finished = ends.any(1).cpu()
-        return Rollout(ids.cpu(), mask.cpu(), old.cpu(), reference.cpu(), finished)
+        return Rollout(ids.cpu(), mask.cpu(), old.cpu(), reference.cpu(), kept.cpu(), finished)
 
 
 class Learner:
@@ -197,14 +194,11 @@ class Learner:
         self.settings = settings
         reward_model, export = open_model(settings.export)
         self.mean, self.std = export.reward_mean or 0.0, export.reward_std or 1.0
-        # The critic has the reward model's head at every token instead of the last one.
-        loads = (AutoModelForCausalLM, AutoModelForTokenClassification)
-        paths = (find_model(settings.policy), reward_model)
-        self.policy, self.critic = models = [
-            load.from_pretrained(path, dtype=torch.float32).to(settings.device)
-            for load, path in zip(loads, paths, strict=True)
-        ]
-        self.trained = [thaw(model, settings.trained_layers) for model in models]
+        policy = AutoModelForCausalLM.from_pretrained(find_model(settings.policy), dtype="float32")
+        # The reward model's head, at every token instead of the last one.
+        critic = AutoModelForTokenClassification.from_pretrained(reward_model, dtype="float32")
+        self.policy, self.critic = policy.to(settings.device), critic.to(settings.device)
+        self.trained = [thaw(model, settings.trained_layers) for model in (policy, critic)]
         self.optimizers = [
             torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=0.0, fused=True)
             for parameters in self.trained
@@ -231,13 +225,14 @@ class Learner:
     def estimate(self, rollout: Rollout) -> dict[str, Tensor]:
         """Advantages and returns, float32 [B, R], of the rows that have a reward."""
         assert rollout.rewards is not None
-        settings, mask = self.settings, rollout.response_mask
+        settings, mask = self.settings, rollout.kept
         rewards = -settings.kl_penalty * (rollout.old - rollout.reference) * mask
         score = (torch.from_numpy(rollout.rewards.values) - self.mean) / self.std
+        score -= settings.unfinished_penalty * ~rollout.finished
         rewards[torch.arange(len(mask)), mask.sum(1) - 1] += score
         ids, every = rollout.ids.to(settings.device), rollout.mask.to(settings.device)
         values = self.values(ids, every, mask.shape[1]).cpu() * mask
-        advantages = gae(rewards, values, mask, settings.discount, settings.gae_lambda)
+        advantages = gae(rewards, values, mask, settings.gae_lambda)
         batch = {"ids": rollout.ids, "mask": rollout.mask, "kept": mask, "old": rollout.old}
         batch |= {"advantages": advantages, "returns": advantages + values}
         return {key: value[score.isfinite()] for key, value in batch.items()}
@@ -277,12 +272,12 @@ def thaw(model: Any, layers: int) -> list[torch.nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, discount: float, lam: float) -> Tensor:
-    """Advantages [B, R] (Schulman et al. 2016, arXiv:1506.02438, equation 16), 0 behind the end."""
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, lam: float) -> Tensor:
+    """Advantages [B, R] (Schulman et al. 2016, arXiv:1506.02438, equation 16), undiscounted."""
     advantages = torch.zeros_like(rewards)
     advantage = value = torch.zeros(len(rewards))
     for t in reversed(range(rewards.shape[1])):
-        advantage = rewards[:, t] + discount * (value + lam * advantage) - values[:, t]
+        advantage = rewards[:, t] + value + lam * advantage - values[:, t]
         advantage, value = advantage * mask[:, t], values[:, t] * mask[:, t]
         advantages[:, t] = advantage
     return advantages
@@ -290,15 +285,14 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, discount: float, lam: flo
 
 def train(settings: Settings) -> Figures:
     """A run from the base: its history, and what it did to responses to held-out prompts."""
-    held_out = questions(settings.seed, "test", settings.held_out)
     actor: Any = ray.remote(
         num_cpus=0, num_gpus=settings.device == "cuda"
     )  # they take turns on the cores
     learner = actor(Learner).remote(settings)
     workers = [actor(RolloutWorker).remote(settings, rank) for rank in range(settings.workers)]
     weights = learner.weights.remote()
-    shares = [held_out[rank :: settings.workers] for rank in range(settings.workers)]
-    asked = list(zip(workers, shares, strict=True))
+    test = questions(settings.seed, "test", settings.held_out)
+    asked = [(worker, test[rank :: len(workers)]) for rank, worker in enumerate(workers)]
     before = ray.get([worker.evaluate.remote(weights, share) for worker, share in asked])
     ray.get([worker.rollout.remote(weights) for worker in workers])
     history: list[Figures] = []
@@ -307,16 +301,18 @@ def train(settings: Settings) -> Figures:
         rollouts = ray.get([worker.rollout.remote(weights) for worker in workers])
         losses = ray.get(learner.update.remote(*rollouts))
         weights = learner.weights.remote()
-        seconds = time.perf_counter() - started
-        history.append({"step": step, **losses, **summarize(rollouts), "seconds": seconds})
-        print(table_row(history[-1]), flush=True)
+        losses["seconds"] = time.perf_counter() - started
+        history.append({"step": step, **losses, **summarize(rollouts)})
+        print(
+            *(f"{k} {history[-1][k]:{form}}" for k, form in COLUMNS.items()), sep="  ", flush=True
+        )
     after = ray.get([worker.evaluate.remote(weights, share) for worker, share in asked])
-    judged = {"before": [*chain(*before)], "after": [*chain(*after)]}
-    return {"settings": asdict(settings), "history": history, "held_out": judged}
+    held_out = {"before": [*chain(*before)], "after": [*chain(*after)]}
+    return {"settings": asdict(settings), "history": history, "held_out": held_out}
 
 
 def summarize(rollouts: Sequence[Rollout]) -> Figures:
-    masks = [rollout.response_mask for rollout in rollouts]
+    masks = [rollout.kept for rollout in rollouts]
     kl = [((r.old - r.reference) * m).sum(1) for r, m in zip(rollouts, masks, strict=True)]
     scored = [rollout.rewards for rollout in rollouts if rollout.rewards]
     finished = torch.cat([rollout.finished for rollout in rollouts]).float().mean().item()
@@ -330,38 +326,21 @@ def summarize(rollouts: Sequence[Rollout]) -> Figures:
     }
 
 
-COLUMNS = {"step": ".0f", "reward": ".3f", "kl": ".2f", "tokens": ".1f", "unfinished": ".0%"}
-COLUMNS |= {"clipped": ".3f", "value_loss": ".3f", "seconds": ".1f", "waited": ".1f"}
-
-
-def table_row(figures: Figures) -> str:
-    header = "  ".join([*COLUMNS, "version"]) + "\n"
-    row = [format(figures[name], form).rjust(len(name)) for name, form in COLUMNS.items()]
-    return header * (figures["step"] == 1) + "  ".join([*row, figures["version"]])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("export", help="the critic's start, and what is served where --app is not")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--directory", type=Path, default="runs/ppo")
-    for field in fields(Settings):
-        if field.name not in ("export", "seed"):
-            parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+    parser.add_argument("--directory", type=Path, default="runs/ppo", help="for ppo.json")
+    for field in fields(Settings)[1:]:
+        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     args = vars(parser.parse_args())
-    seeds, directory = args.pop("seeds"), args.pop("directory")
+    directory, settings = args.pop("directory"), Settings(**args)
     ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    if args["app"] not in serve.status().applications:
-        deploy(
-            ServeConfig(
-                export=args["export"], app=args["app"], gpus_per_replica=args["device"] == "cuda"
-            )
-        )
+    if settings.app not in serve.status().applications:
+        served = {"app": settings.app, "gpus_per_replica": settings.device == "cuda"}
+        deploy(ServeConfig(export=settings.export, **served))
+    run = train(settings)
     directory.mkdir(parents=True, exist_ok=True)
-    runs: list[Figures] = []
-    for seed in seeds:
-        runs.append(train(Settings(**args, seed=seed)))
-        (directory / "ppo.json").write_text(json.dumps(runs, indent=1))
+    (directory / "ppo.json").write_text(json.dumps(run, indent=1))
 
 
 if __name__ == "__main__":

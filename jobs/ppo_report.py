@@ -1,7 +1,7 @@
-"""What a run of jobs/ppo.py came to: jobs/ppo_report.py runs/ppo
+"""What runs of jobs/ppo.py came to: jobs/ppo_report.py PICTURE RUN/ppo.json …
 
 Prints, for each seed, rewards and latent quality of responses to held-out prompts before and after,
-KL, clipping and the share of the time spent waiting for rewards; draws ppo.png.
+KL, clipping and the share of the time spent waiting for rewards; draws reward and KL.
 """
 
 from __future__ import annotations
@@ -52,13 +52,14 @@ def draw(runs: Sequence[dict[str, Any]], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("directory", type=Path)
-    directory: Path = parser.parse_args().directory
-    runs = json.loads((directory / "ppo.json").read_text())
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
+    args = parser.parse_args()
+    runs = [json.loads(file.read_text()) for file in args.runs]
     print(f"| {COLUMNS.replace(', ', ' | ')} |\n{'|---' * len(COLUMNS.split(','))}|")
     for run in runs:
         print(outcome(run))
-    draw(runs, directory / "ppo.png")
+    draw(runs, args.picture)
 
 
 if __name__ == "__main__":

@@ -62,16 +62,16 @@ def rewards_of(rollout: Rollout) -> Rewards:
     return Rewards(values, [None] * n, nothing, nothing, ["tiny@1"] * n)
 
 
-def test_advantages_are_the_discounted_sums_of_the_errors_that_follow() -> None:
+def test_advantages_are_the_weighted_sums_of_the_errors_that_follow() -> None:
     torch.manual_seed(0)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
     rewards, values = torch.randn(2, 4) * mask, torch.randn(2, 4) * mask
-    found = gae(rewards, values, mask, 0.9, 0.8)
+    found = gae(rewards, values, mask, 0.8)
     for b, length in enumerate((4, 2)):
         later = [*values[b, 1:length].tolist(), 0.0]
-        errors = [float(rewards[b, t] + 0.9 * later[t] - values[b, t]) for t in range(length)]
+        errors = [float(rewards[b, t] + later[t] - values[b, t]) for t in range(length)]
         for t in range(length):
-            sums = sum((0.9 * 0.8) ** (u - t) * errors[u] for u in range(t, length))
+            sums = sum(0.8 ** (u - t) * errors[u] for u in range(t, length))
             assert found[b, t] == pytest.approx(sums, abs=1e-6)
     assert not found[1, 2:].any()
 
@@ -106,7 +106,7 @@ def test_log_probabilities_are_of_the_tokens_as_they_were_sampled(
     worker: RolloutWorker, sampled: Rollout
 ) -> None:
     assert worker.settings.max_response == sampled.old.shape[1]
-    kept = sampled.response_mask
+    kept = sampled.kept
     # The reference is the policy here: computed at once, and token by token with a cache, in bf16.
     assert (sampled.old - sampled.reference)[kept].abs().max() < 0.1
     with torch.inference_mode():
@@ -127,13 +127,13 @@ def test_the_score_is_the_last_tokens_reward_and_moving_away_costs(
     batch = learner.estimate(sampled)
     assert len(batch["ids"]) == 15, "a row without a reward is left out"
     kept, values = batch["kept"], batch["returns"] - batch["advantages"]
-    score = torch.linspace(-1, 1, 16)[1:]
+    score = (torch.linspace(-1, 1, 16) - settings.unfinished_penalty * ~sampled.finished)[1:]
     penalty = settings.kl_penalty * (sampled.old - sampled.reference)[1:] * kept
     for b in range(15):
         rewards = -penalty[b]
         rewards[int(kept[b].sum()) - 1] += score[b]
         row = (rewards[None], values[b][None], kept[b][None])
-        assert torch.allclose(gae(*row, 1.0, 0.95)[0], batch["advantages"][b], atol=1e-5)
+        assert torch.allclose(gae(*row, 0.95)[0], batch["advantages"][b], atol=1e-5)
     sampled.rewards = None
 
 
@@ -165,7 +165,11 @@ def test_questions_are_judged_where_they_are_sampled(worker: RolloutWorker) -> N
 
 
 def test_a_run_goes_on_through_a_killed_replica_and_a_new_version(
-    settings: Settings, other_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings,
+    other_export: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """What kills and deploys waits until the service has answered some steps of the run."""
 
@@ -191,7 +195,11 @@ def test_a_run_goes_on_through_a_killed_replica_and_a_new_version(
     assert any(h["clipped"] > 0 for run in runs for h in run["history"])
     versions = [h["version"] for run in runs for h in run["history"]]
     assert versions[0] != versions[-1]
-    (tmp_path / "ppo.json").write_text(json.dumps(runs))
-    monkeypatch.setattr("sys.argv", ["ppo_report.py", str(tmp_path)])
+    files = [tmp_path / f"{n}.json" for n in range(len(runs))]
+    for file, run in zip(files, runs, strict=True):
+        file.write_text(json.dumps(run))
+    picture = tmp_path / "ppo.png"
+    monkeypatch.setattr("sys.argv", ["ppo_report.py", str(picture), *map(str, files)])
     ppo_report.main()
-    assert (tmp_path / "ppo.png").stat().st_size > 10_000
+    assert capsys.readouterr().out.count("\n| ") == len(runs)
+    assert picture.stat().st_size > 10_000
