@@ -202,7 +202,7 @@ def test_a_replica_that_missed_the_news_finds_out_by_itself(
     assert record is not None and record.current.version != new
     news = Served(export=str(other_export), version=new)
     write_record(record.model_copy(update={"current": news}))
-    assert_same(client.score(*texts(40, 2)), models[new].score(*texts(40, 2)))
+    assert_same(client.score(*texts(40, 2), version=new), models[new].score(*texts(40, 2)))
     until(lambda: all(replica["version"] == new for replica in stats(APP)))
 
 
