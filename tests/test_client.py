@@ -146,9 +146,11 @@ def test_a_cancelled_step_frees_the_replica(client: RewardClient, shut: Path) ->
 
 def test_whoever_interrupts_a_step_waits_for_it_no_more(client: RewardClient, shut: Path) -> None:
     here = threading.get_ident()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" ignores it
     threading.Timer(1.0, signal.pthread_kill, (here, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        client.score(*texts(40, 4))
+        client.score(*texts(40, 4), timeout_s=30)
+    signal.signal(signal.SIGINT, before)
     until(lambda: waiting() == 0)
 
 
