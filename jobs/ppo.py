@@ -232,7 +232,7 @@ class Learner:
         rewards[torch.arange(len(mask)), mask.sum(1) - 1] += score
         ids, every = rollout.ids.to(settings.device), rollout.mask.to(settings.device)
         values = self.values(ids, every, mask.shape[1]).cpu() * mask
-        advantages = gae(rewards, values, mask, settings.gae_lambda)
+        advantages = gae(rewards, values, settings.gae_lambda)
         batch = {"ids": rollout.ids, "mask": rollout.mask, "kept": mask, "old": rollout.old}
         batch |= {"advantages": advantages, "returns": advantages + values}
         return {key: value[score.isfinite()] for key, value in batch.items()}
@@ -272,14 +272,13 @@ def thaw(model: Any, layers: int) -> list[torch.nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, lam: float) -> Tensor:
-    """Advantages [B, R] (Schulman et al. 2016, arXiv:1506.02438, equation 16), undiscounted."""
+def gae(rewards: Tensor, values: Tensor, lam: float) -> Tensor:
+    """Advantages [B, R] (Schulman et al. 2016, equation 16); all are 0 behind a response's end."""
     advantages = torch.zeros_like(rewards)
     advantage = value = torch.zeros(len(rewards))
     for t in reversed(range(rewards.shape[1])):
         advantage = rewards[:, t] + value + lam * advantage - values[:, t]
-        advantage, value = advantage * mask[:, t], values[:, t] * mask[:, t]
-        advantages[:, t] = advantage
+        advantages[:, t], value = advantage, values[:, t]
     return advantages
 
 

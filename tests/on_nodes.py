@@ -66,7 +66,7 @@ def main(fault: str, rounds: int, export: str, found_file: str) -> None:
     faults: dict[str, Callable[[], None]] = {"node": lose, "store": fill}
     names = {"node": "node lost", "store": "object store full"}
     under_load(names[fault], actors, faults[fault], expected, rounds)
-    until(lambda: len(homes()) == 2)
+    until(lambda: len(homes()) == 2 and not {*found["lost"]} & {*homes()}, 120)
     found["replicas"] = homes()
     Path(found_file).write_text(json.dumps(found))
     serve.shutdown()

@@ -149,9 +149,9 @@ def test_whoever_interrupts_a_step_waits_for_it_no_more(client: RewardClient, sh
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" ignores it
     threading.Timer(1.0, signal.pthread_kill, (here, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        client.score(*texts(40, 4), timeout_s=30)
+        client.score(*texts(40, 4), timeout_s=60)
     signal.signal(signal.SIGINT, before)
-    until(lambda: waiting() == 0)
+    until(lambda: waiting() == 0, 20)
 
 
 def test_a_step_that_fails_sends_nothing_more(client: RewardClient) -> None:
