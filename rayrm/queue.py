@@ -49,6 +49,11 @@ SHARE_PACK = 0.5
 LEAST_WAITING = 2048
 LEAST_SECONDS = 0.25
 
+# Where one replica holds nearly all that callers wait for, it computes so many packs together:
+# no small one is left, and on CPU no thread waits for another in between.
+PACKS_AT_THE_END = 2
+NEARLY_ALL = 0.75
+
 # Bounds of what a refused caller is told to wait, in seconds. Another replica may have room sooner,
 # and near the end of a step none may stand idle while a chunk is asleep.
 RETRY_AFTER = (0.05, 0.25)
@@ -111,6 +116,7 @@ class TokenQueue:
         self.computed_tokens = 0
         self.tokens_per_second = 0.0
         self.share = math.inf
+        self.outstanding = math.inf
         self._admitted: dict[Hashable, int] = defaultdict(int)
         self._waiting: list[_Place] = []
         self._served: dict[Hashable, float] = {}
@@ -237,7 +243,7 @@ class TokenQueue:
         for caller in {place.call.caller for place in self._waiting} - self._served.keys():
             self._served[caller] = math.inf if caller is None else self._now_served
         order = sorted(self._waiting, key=lambda place: self._served[place.call.caller])
-        first, room = order[0].call, self.pack
+        first, room = order[0].call, self._room()
         if first.caller is not None:
             self._now_served = self._served[first.caller]
         pack: list[_Place] = []
@@ -250,6 +256,11 @@ class TokenQueue:
         self._remove(pack)
         self._forget()
         return pack
+
+    def _room(self) -> int:
+        """Tokens of what is computed next; outstanding: those that callers have no reward for."""
+        ends = self.queued_tokens >= NEARLY_ALL * self.outstanding
+        return self.pack * (PACKS_AT_THE_END if ends and math.isinf(self.share) else 1)
 
     def _forget(self) -> None:
         """Callers with nothing waiting who are owed nothing, and who owe nothing either."""

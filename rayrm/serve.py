@@ -350,6 +350,7 @@ class Replica:
         self.calls += 1
         self.in_progress.note(ticket)
         self.queue.share = self.in_progress.share()
+        self.queue.outstanding = self.in_progress.outstanding()
         try:
             cost = chunk.cost * len(ticket.rewards)
             with self.queue.admit(ticket.caller, cost), self.in_progress.call(ticket):

@@ -145,6 +145,20 @@ def test_what_nobody_waits_for_is_computed_last(local: RewardModel) -> None:
     run(test())
 
 
+def test_a_replica_alone_leaves_no_small_pack_for_the_end(local: RewardModel) -> None:
+    def packs(outstanding: float, share: float) -> list[int]:
+        gate, queue = Gate(local), TokenQueue(PACK, LIMIT)
+        queue.outstanding, queue.share = outstanding, share
+        for _ in range(9):
+            gate.open.release()
+        asyncio.run(queue.score(groups(15, 20), gate))
+        return gate.packs
+
+    assert packs(300, float("inf")) == [15]
+    assert packs(3000, float("inf")) == [10, 5], "more will come, while this pack is computed"
+    assert packs(300, 2 * PACK) == [10, 5], "others may take the rest"
+
+
 def test_models_do_not_share_a_pack(local: RewardModel) -> None:
     async def test() -> None:
         gates = [Gate(local), Gate(local)]
