@@ -53,7 +53,6 @@ from rayrm.sample import generate
 from rayrm.serve import Replica
 from rayrm.sources import open_sources
 from rayrm.template import Row
-from rayrm.train import KEEP_FREED_MEMORY
 
 HERE = Path(__file__).parent
 BASE = "SmolLM2-135M-Instruct"
@@ -377,14 +376,8 @@ def save_groups(groups: Sequence[PreferenceGroup], path: Path) -> tuple[Path, Pa
 
 
 def run_once(command: Sequence[object], log: Path) -> Figures | None:
-    """What a program prints in its last line; None where it fails.
-
-    Run as a worker of a training run is, to the peer's advantage too.
-    """
-    environment = os.environ | {
-        "PYTHONPATH": str(HERE.parent),
-        "GLIBC_TUNABLES": KEEP_FREED_MEMORY,
-    }
+    """What a program prints in its last line; None where it fails."""
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
     with log.open("w") as errors:
         run = subprocess.run(
             list(map(str, command)),
@@ -444,7 +437,10 @@ def read_group(record: Figures) -> PreferenceGroup:
 
 
 def bench_zero(start: Path, args: argparse.Namespace) -> Figures:
-    """The bare loop, one worker of Ray Train, two workers with ZeRO 1 to 3: one global batch."""
+    """The bare loop, one worker of Ray Train, two workers with ZeRO 1 to 3: one global batch.
+
+    A run's steps have the same pairs in another order, so what counts is the mean of all of them.
+    """
     file = head_of(args.pairs, 16 * STEPS_OF_A_FIT, args.directory) if args.pairs else None
     data = preferences(file, False, start, args.directory)
     groups = alike(data, ranked=False)
@@ -459,7 +455,7 @@ def bench_zero(start: Path, args: argparse.Namespace) -> Figures:
     seconds: dict[str, list[float]] = {name: [] for name in ("bare loop", *variants)}
     for repeat in range(args.repeats):
         if run := run_once(bare, args.directory / "bare.log"):
-            seconds["bare loop"] += run["seconds"][1:]
+            seconds["bare loop"].append(statistics.fmean(run["seconds"]))
         for name, (workers, stage) in variants.items():
             command = [sys.executable, __file__, "--side", "fit", start, file or ""]
             command += [
@@ -468,7 +464,7 @@ def bench_zero(start: Path, args: argparse.Namespace) -> Figures:
                 str(args.directory / f"fit-{repeat}-{workers}-{stage}"),
             ]
             if run := run_once(command, args.directory / f"fit-{workers}-{stage}.log"):
-                seconds[name] += run["seconds"][1:]
+                seconds[name].append(statistics.fmean(run["seconds"]))
     figures: Figures = {
         name: {"seconds_per_step": statistics.median(s), "seconds": s}
         for name, s in seconds.items()

@@ -78,18 +78,6 @@ FREE: dict[str, Any] = {
 ROUNDING_GROUPS = 64
 
 
-# glibc by default hands a step's freed activations back to the kernel, to be zeroed for the next
-# step: a tenth of a step on CPU. With this it keeps them, in huge pages where the kernel has them.
-KEEP_FREED_MEMORY = ":".join(
-    f"glibc.malloc.{name}={value}"
-    for name, value in (
-        ("hugetlb", 1),
-        ("mmap_threshold", 1 << 32),
-        ("trim_threshold", 1 << 34),
-        ("top_pad", 1 << 28),
-    )
-)
-
 # Where Ray unpacks what a job uploaded; it deletes that when it likes.
 UPLOADS = "/runtime_resources/working_dir_files/"
 
@@ -383,5 +371,4 @@ def worker_environment(config: TrainConfig) -> dict[str, str]:
     }
     if config.cluster.gpus_per_worker == 0:
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        environment |= {"GLIBC_TUNABLES": KEEP_FREED_MEMORY}
     return environment
