@@ -1,6 +1,6 @@
 """rayrm beside its peers: the same work in the same run, in turns, medians, ratios first.
 
-    jobs/bench.py [WORKLOAD …] [--pairs FILE] [--ranked FILE] [--repeats 3] [--directory runs/bench]
+    jobs/bench.py [WORKLOAD …] [--pairs FILE] [--ranked FILE] [--repeats 3] [--device cuda]
 
 Every side is a process of its own, so that its peak memory is its own, and they take turns. Peers
 live in jobs/peers/ and, where they need one, in an environment of their own (`make bench` creates
@@ -703,6 +703,25 @@ def single_row(prompt: Any, response: Any) -> Chunk:
     return to_chunk(keys[0], "stub")
 
 
+# A GPU
+
+
+def bench_on_gpu(args: argparse.Namespace) -> None:
+    """jobs/bench_gpu.py on the rows of score-grpo-16x8."""
+    question = STEPS["score-grpo-16x8"](49152).save(args.directory)
+    figures = args.directory / "figures-gpu.json"
+    command = [
+        sys.executable,
+        HERE / "bench_gpu.py",
+        question["rows"],
+        question["prompts"],
+        figures,
+    ]
+    command += ["--repeats", str(args.repeats)]
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    subprocess.run(command, env=environment, check=True)
+
+
 # What all sides and workloads share
 
 
@@ -770,11 +789,17 @@ def main() -> None:
     parser.add_argument("--ranked", help="rankings for train-ranked")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--directory", type=Path, default=Path("runs/bench"))
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: bench_gpu.py"
+    )
     args = parser.parse_args()
     if unknown := set(args.workloads) - set(WORKLOADS):
         parser.error(f"no workload {', '.join(sorted(unknown))}: {', '.join(WORKLOADS)}")
     names = args.workloads or WORKLOADS
     args.directory.mkdir(parents=True, exist_ok=True)
+    if args.device == "cuda":
+        bench_on_gpu(args)
+        return
     start = write_start(args.model, args.directory)
     workloads: Figures = {}
     if scoring := [name for name in names if name in STEPS]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs import bench
+from jobs import bench, bench_gpu
 from tests.conftest import make_base
 from tests.test_jobs import run
 
@@ -84,3 +84,20 @@ def test_a_peer_without_its_environment_is_absent_and_the_others_are_measured(
     assert "absent" in result.stdout
     assert figures["strict"]["ratio"] > 0
     assert figures["strict"]["moved"]["loose"] > figures["strict"]["moved"]["strict"] == 0
+
+
+def test_the_bench_of_a_gpu_runs_on_cpu_too_and_its_sides_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = {("llama", "tiny"): (64, 2, 4, 2, 128), ("qwen2", "tiny"): (64, 2, 4, 2, 128)}
+    monkeypatch.setattr(bench_gpu, "SHAPES", tiny)
+    question = bench.grpo("tiny", 4, 3, 49152).save(tmp_path)
+    files = [question["rows"], question["prompts"], str(tmp_path / "figures.json")]
+    command = ["bench_gpu.py", *files, "--device", "cpu", "--repeats", "1"]
+    monkeypatch.setattr("sys.argv", command)
+    bench_gpu.main()
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    for name in ("llama tiny", "qwen2 tiny"):
+        assert figures[name]["correlation"] > 0.99 and figures[name]["of_padded"] > 0
+        assert 0 < figures[name]["of_matrix_rate"] < 1 and figures[name]["train_of_matrix_rate"] > 0
+    assert capsys.readouterr().out.count(" tiny") == 2
