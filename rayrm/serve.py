@@ -453,6 +453,7 @@ class Replica:
             "version": model.version,
             "versions": sorted(self.models.held),
             "failed": self.models.failed,
+            "shadow": self.models.shadow.served.pin if self.models.shadow else "",
             "calls": self.calls,
             "refused": self.refused,
             "forwards": sum(m.forwards for m in (model, *model.adapters.values())),

@@ -113,8 +113,7 @@ def test_a_shadow_answers_nobody_and_tells_how_it_differs(
         return subprocess.check_output([*command, *arguments], env=address, text=True)
 
     assert f"{new.version} scores what" in run("--shadow", str(other_export), APP)
-    until(lambda: all(len(replica["versions"]) == 2 for replica in stats(APP)))
-    time.sleep(2.5)  # replicas learn that it is a shadow when they next compare
+    until(lambda: all(replica["shadow"] == new.version for replica in stats(APP)))
     step = texts(40, 4)
     assert_same(RewardClient(APP).score(*step), old.score(*step))
     until(lambda: compare(APP).rows == len(step[0]))
@@ -136,7 +135,7 @@ def test_a_shadow_that_fails_harms_nobody(
 ) -> None:
     before = {replica["pid"] for replica in stats(APP)}
     try_out(APP, str(other_export))
-    time.sleep(2.5)
+    until(lambda: all(replica["shadow"] == new.version for replica in stats(APP)))
     (faulty := other_export.parent / "faulty").touch()
     prompts = [f"What is {n}?" for n in range(40)]
     try:
