@@ -64,6 +64,13 @@ def new(other_export: Path) -> RewardModel:
     return RewardModel.load(other_export, "cpu")
 
 
+def run(*arguments: str) -> str:
+    """What jobs/serve.py prints."""
+    address = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    command = [sys.executable, "jobs/serve.py", *arguments]
+    return subprocess.check_output(command, env=address, text=True)
+
+
 def score(caller: int, responses: int = 2) -> Rewards:
     return RewardClient(APP, caller=f"caller {caller}").score(*texts(2, responses))
 
@@ -77,7 +84,9 @@ def rewards(*values: float) -> Rewards:
 def test_a_canary_scores_its_share_of_the_callers_always_the_same_ones(
     app: None, other_export: Path, old: RewardModel, new: RewardModel
 ) -> None:
-    assert try_out(APP, str(other_export), 0.5).version == new.version
+    assert f"{new.version} scores 50% of the callers" in run(
+        "--canary", "0.5", str(other_export), APP
+    )
     by: dict[str, list[int]] = {old.version: [], new.version: []}
     for caller in range(20):
         (version,) = set(score(caller).versions)
@@ -96,7 +105,7 @@ def test_what_is_promoted_scores_all_callers_and_can_be_rolled_back(
 ) -> None:
     before = {replica["pid"] for replica in stats(APP)}
     try_out(APP, str(other_export), 0.1)
-    assert promote(APP).version == new.version
+    assert f"{APP!r} serves {new.version}" in run("--promote", APP)
     assert {score(caller).versions[0] for caller in range(20)} == {new.version}
     assert rollback(APP).version == old.version
     assert {score(caller).versions[0] for caller in range(20)} == {old.version}
@@ -106,12 +115,6 @@ def test_what_is_promoted_scores_all_callers_and_can_be_rolled_back(
 def test_a_shadow_answers_nobody_and_tells_how_it_differs(
     app: None, other_export: Path, old: RewardModel, new: RewardModel
 ) -> None:
-    command = [sys.executable, "jobs/serve.py"]
-    address = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-
-    def run(*arguments: str) -> str:
-        return subprocess.check_output([*command, *arguments], env=address, text=True)
-
     assert f"{new.version} scores what" in run("--shadow", str(other_export), APP)
     until(lambda: all(replica["shadow"] == new.version for replica in stats(APP)))
     step = texts(40, 4)
