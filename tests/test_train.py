@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,7 @@ from rayrm.errors import ConfigError, DataError, ModelError, TrainingError
 from rayrm.evaluate import evaluate
 from rayrm.loop import Rank, learning_rate, merge
 from rayrm.template import Row
-from rayrm.train import claim, make_trainer, run_directory, worker_environment
+from rayrm.train import claim, make_trainer, run_directory
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -356,21 +353,3 @@ def test_learning_rates_follow_the_named_schedule() -> None:
 def test_deepspeed_overrides_are_merged_section_by_section() -> None:
     merged = merge({"zero": {"stage": 2}, "clip": 1}, {"zero": {"bucket": 5}, "clip": 0})
     assert merged == {"zero": {"stage": 2, "bucket": 5}, "clip": 0}
-
-
-def test_cpu_workers_keep_freed_memory(base: Path, data: Path, tmp_path: Path) -> None:
-    program = """
-import resource, torch
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(64 << 20, dtype=torch.uint8).fill_(1)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults(); faults()
-print(faults())
-"""
-    environment = worker_environment(configure(base, data, tmp_path))
-    counts = [
-        int(subprocess.check_output([sys.executable, "-c", program], env=os.environ | more))
-        for more in ({}, environment)
-    ]
-    assert counts[0] > 1000 > 100 > counts[1]
