@@ -103,10 +103,9 @@ class TokenQueue:
 
     admit() refuses what would make more than the limit wait, or more than a caller's share of it
     once half is taken; a caller with nothing here yet gets its first in while there is any room,
-    however large it is. A pack begins with the group
-    that waited longest of the caller that was served least (start-time fair queueing, Goyal, Vin
-    and Cheng, SIGCOMM 1996), holds groups of one compute only, and is filled with what fits. The
-    groups of a cancelled caller are not computed.
+    however large it is. A pack begins with the group that waited longest of the caller that was
+    served least (start-time fair queueing, Goyal, Vin and Cheng, SIGCOMM 1996), holds groups of one
+    compute only, and is filled with what fits. The groups of a cancelled caller are not computed.
     """
 
     def __init__(self, tokens_per_pack: int, max_tokens: int) -> None:

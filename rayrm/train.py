@@ -77,7 +77,6 @@ FREE: dict[str, Any] = {
 # Held-out groups whose rewards are also computed from the weights before they are rounded.
 ROUNDING_GROUPS = 64
 
-
 # Where Ray unpacks what a job uploaded; it deletes that when it likes.
 UPLOADS = "/runtime_resources/working_dir_files/"
 
