@@ -80,8 +80,7 @@ def deploy(config: ServeConfig) -> None:
     if not ray.is_initialized():
         ray.init()
     _start_serve(config.http)
-    there = serve.status().applications.get(config.app)
-    running = read_record(config.app) if there and there.status == "RUNNING" else None
+    running = _find_running(config.app)
     if running and running.current != served:
         running = swap(running, served)
     if running is None or running.config != config:
@@ -146,10 +145,13 @@ def swap(running: Record, served: Served) -> Record:
     return _switch(running, served)
 
 
-def _running_record(app: str) -> Record:
+def _find_running(app: str) -> Record | None:
     there = serve.status().applications.get(app)
-    record = read_record(app) if there and there.status == "RUNNING" else None
-    if record is None:
+    return read_record(app) if there and there.status == "RUNNING" else None
+
+
+def _running_record(app: str) -> Record:
+    if (record := _find_running(app)) is None:
         raise ServiceError(f"application {app!r} does not run: deploy it first")
     return record
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +17,8 @@ from rayrm.client import RewardClient
 from rayrm.config import ServeConfig
 from rayrm.engine import RewardModel
 from rayrm.errors import ConfigError
-from rayrm.packing import TokenGroup
-from rayrm.queue import Values
 from rayrm.serve import Replica, deploy
-from tests.test_serve import assert_same, texts, until
+from tests.test_serve import assert_same, before_each_pack, texts, until
 
 APP = "elastic"
 SECONDS_PER_PACK = 0.2
@@ -56,15 +54,7 @@ def test_bounds_in_the_wrong_order_are_refused() -> None:
 
 class SlowReplica(Replica):
     def _load(self, config: ServeConfig) -> RewardModel:
-        model = super()._load(config)
-        compute = model.score_groups
-
-        def slow(groups: Sequence[TokenGroup], **_: Any) -> list[Values]:
-            time.sleep(SECONDS_PER_PACK)
-            return compute(groups)
-
-        model.score_groups = slow  # type: ignore[method-assign]
-        return model
+        return before_each_pack(super()._load(config), lambda: time.sleep(SECONDS_PER_PACK))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +27,8 @@ from rayrm.client import Application, RewardClient
 from rayrm.config import ServeConfig
 from rayrm.engine import RewardModel, Rewards, make_rows
 from rayrm.errors import Overloaded, ServiceError, StepTimeout, VersionGone
-from rayrm.packing import TokenGroup
-from rayrm.queue import Values
 from rayrm.serve import Replica, deploy
-from tests.test_serve import assert_same, stats, texts, total, until
+from tests.test_serve import assert_same, before_each_pack, stats, texts, total, until
 
 APP = "waiting"
 LIMIT = 2048
@@ -40,16 +38,13 @@ class WaitingReplica(Replica):
     """Computes nothing while a file is there."""
 
     def _load(self, config: ServeConfig) -> RewardModel:
-        model = super()._load(config)
-        compute, shut = model.score_groups, Path(config.export).parent / "shut"
+        shut = Path(config.export).parent / "shut"
 
-        def wait(groups: Sequence[TokenGroup], **_: Any) -> list[Values]:
+        def wait() -> None:
             while shut.exists():
                 time.sleep(0.01)
-            return compute(groups)
 
-        model.score_groups = wait  # type: ignore[method-assign]
-        return model
+        return before_each_pack(super()._load(config), wait)
 
 
 @pytest.fixture(scope="module")

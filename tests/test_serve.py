@@ -44,14 +44,25 @@ SECONDS_PER_PACK = 0.2
 FRAGILE = "fragile"
 
 
+def before_each_pack(model: RewardModel, what: Callable[[], None]) -> RewardModel:
+    """The model, which does that before it computes."""
+    compute = model.score_groups
+
+    def score_groups(groups: Sequence[TokenGroup], **_: Any) -> list[Values]:
+        what()
+        return compute(groups)
+
+    model.score_groups = score_groups  # type: ignore[method-assign]
+    return model
+
+
 class FragileReplica(Replica):
     """Takes a while for each pack; hangs or fails once for a file of that name."""
 
     def _load(self, config: ServeConfig) -> RewardModel:
-        model = super()._load(config)
-        compute, directory = model.score_groups, Path(config.export).parent
+        directory = Path(config.export).parent
 
-        def slow(groups: Sequence[TokenGroup], **_: Any) -> list[Values]:
+        def slow() -> None:
             time.sleep(SECONDS_PER_PACK)
             if _take(directory / "fail"):
                 raise RuntimeError("the kernel gave up")
@@ -59,10 +70,8 @@ class FragileReplica(Replica):
                 raise RuntimeError("no kernel ever worked")
             if _take(directory / "hang"):
                 time.sleep(600)
-            return compute(groups)
 
-        model.score_groups = slow  # type: ignore[method-assign]
-        return model
+        return before_each_pack(super()._load(config), slow)
 
 
 def _take(file: Path) -> bool:

@@ -6,9 +6,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,12 +18,10 @@ from rayrm.client import RewardClient
 from rayrm.config import ServeConfig
 from rayrm.engine import RewardModel, Rewards
 from rayrm.errors import ConfigError, ServiceError
-from rayrm.packing import TokenGroup
-from rayrm.queue import Values
 from rayrm.serve import Replica, compare, deploy, promote, rollback, try_out
 from rayrm.shadow import Comparison, Difference, disagreement, merge, rank_correlation
 from rayrm.versions import Record, Served, Trial, read_record
-from tests.test_serve import assert_same, stats, texts, until
+from tests.test_serve import assert_same, before_each_pack, stats, texts, until
 
 APP = "trial"
 
@@ -33,16 +30,13 @@ class FaultyReplica(Replica):
     """The model of an export beside which lies a file "faulty" raises for every row."""
 
     def _load(self, config: ServeConfig) -> RewardModel:
-        model, faulty = super()._load(config), Path(config.export).parent / "faulty"
-        compute = model.score_groups
+        faulty = Path(config.export).parent / "faulty"
 
-        def score(groups: Sequence[TokenGroup], **_: Any) -> list[Values]:
+        def fail() -> None:
             if faulty.exists():
                 raise RuntimeError("no")
-            return compute(groups)
 
-        model.score_groups = score  # type: ignore[method-assign]
-        return model
+        return before_each_pack(super()._load(config), fail)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,6 @@ from rayrm.client import RewardClient
 from rayrm.config import ServeConfig
 from rayrm.engine import RewardModel, Rewards
 from rayrm.errors import ExportError, ServiceError, VersionGone
-from rayrm.packing import TokenGroup
-from rayrm.queue import Values
 from rayrm.serve import Replica, deploy, rollback, swap
 from rayrm.versions import (
     Models,
@@ -32,7 +30,7 @@ from rayrm.versions import (
     read_record,
     write_record,
 )
-from tests.test_serve import assert_same, stats, texts, until
+from tests.test_serve import assert_same, before_each_pack, stats, texts, until
 
 APP = "versions"
 SECONDS_PER_PACK = 0.1
@@ -44,15 +42,7 @@ class SlowReplica(Replica):
 
     def _load(self, config: ServeConfig) -> RewardModel:
         time.sleep(LOADING)
-        model = super()._load(config)
-        compute = model.score_groups
-
-        def slow(groups: Sequence[TokenGroup], **_: Any) -> list[Values]:
-            time.sleep(SECONDS_PER_PACK)
-            return compute(groups)
-
-        model.score_groups = slow  # type: ignore[method-assign]
-        return model
+        return before_each_pack(super()._load(config), lambda: time.sleep(SECONDS_PER_PACK))
 
 
 @pytest.fixture(scope="module")
