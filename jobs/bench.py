@@ -39,7 +39,7 @@ from transformers import AutoConfig
 from rayrm import RewardClient, RewardModel, ServeConfig, TrainConfig, deploy, fit
 from rayrm import serve as service
 from rayrm.callers import Ticket, this_caller
-from rayrm.chunk import Chunk, to_chunk
+from rayrm.chunk import Chunk
 from rayrm.chunk import Step as ChunkStep
 from rayrm.client import REPLICA
 from rayrm.data import read_groups
@@ -699,8 +699,8 @@ def stub_seconds(repeats: int) -> dict[str, list[float]]:
 
 
 def single_row(prompt: Any, response: Any) -> Chunk:
-    keys = ChunkStep([Row(prompt, response)]).cut(1, 0)
-    return to_chunk(keys[0], "stub")
+    step = ChunkStep([Row(prompt, response)])
+    return step.chunk(step.cut(1, 0)[0], "stub")
 
 
 # A GPU

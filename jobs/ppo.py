@@ -1,6 +1,6 @@
 """PPO on the reward service: policy and critic learn here, rewards come from RewardClient.
 
-    jobs/ppo.py EXPORT [--policy BASE] [--seed 0] [--steps 24] [--directory runs/ppo]
+    jobs/ppo.py EXPORT [--policy BASE] [--seed 0] [--steps 20] [--directory runs/ppo]
 
 Rollout workers sample responses to the sample's questions, hand the step to the service, and sample
 the next while its rewards are computed. So what is learned from is one update old, and is weighed
@@ -15,13 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import os
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import chain, cycle
 from pathlib import Path
 from statistics import fmean
@@ -31,7 +30,6 @@ import ray
 import torch
 from ray import serve
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from rayrm import RewardClient, Rewards, ServeConfig, deploy
@@ -41,34 +39,35 @@ from rayrm.model import DEFAULT_BASE, find_model
 from rayrm.sample import Question, questions
 
 Figures = dict[str, Any]
-
-COLUMNS = {"step": "2d", "reward": "6.3f", "kl": ".2f", "tokens": ".1f", "unfinished": ".0%"}
-COLUMNS |= {"clipped": ".3f", "value_loss": ".3f", "seconds": ".1f", "waited": ".1f", "version": ""}
+Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. Lengths in tokens; penalties in standard deviations of the held-out rewards."""
+    """Lengths in tokens; rewards in standard deviations from the mean of the held-out ones."""
 
     export: str
     policy: str = DEFAULT_BASE
     app: str = "ppo"
     seed: int = 0
-    steps: int = 24
+    steps: int = 20
     workers: int = 2
     prompts_per_worker: int = 6
     responses_per_prompt: int = 4
     max_response: int = 24
+    temperature: float = 0.7
     epochs: int = 2
     rows_per_minibatch: int = 24
     trained_layers: int = 8
-    learning_rate: float = 5e-5
+    learning_rate: float = 1e-4
     clip: float = 0.2
     kl_penalty: float = 0.05
-    unfinished_penalty: float = 2.0
+    unfinished_reward: float = -1.5  # a reward model has only seen whole responses
     gae_lambda: float = 0.95
     held_out: int = 128
     device: str = "cpu"
+    reward_mean: float = 0.0  # of the held-out rewards, raw
+    reward_std: float = 1.0
 
 
 @dataclass
@@ -101,10 +100,10 @@ def forward(model: Any, ids: Tensor, mask: Tensor, **options: Any) -> Any:
     return model(ids, attention_mask=mask, position_ids=positions, **options).logits
 
 
-def log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+def log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     """Of tokens [B, R], by logits [B, R, vocabulary]: float32 [B, R]."""
-    flat = logits.flatten(0, 1).float(), tokens.flatten()
-    return -F.cross_entropy(*flat, reduction="none").view(tokens.shape)
+    flat = logits.flatten(0, 1).float() / temperature, tokens.flatten()
+    return -torch.nn.functional.cross_entropy(*flat, reduction="none").view(tokens.shape)
 
 
 class RolloutWorker:
@@ -116,18 +115,16 @@ class RolloutWorker:
         self.settings = settings
         path = find_model(settings.policy)
         self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-        self.policy, self.reference = (
-            AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(settings.device)
-            for _ in range(2)
-        )
-        ends = torch.tensor(self.policy.generation_config.eos_token_id, device=settings.device)
-        self.ends = ends.flatten()  # a chat model has several
+        load = partial(AutoModelForCausalLM.from_pretrained, path, dtype="bfloat16")
+        self.policy, self.reference = (load().to(settings.device) for _ in range(2))
+        ends = self.policy.generation_config.eos_token_id  # a chat model may have several
+        self.ends = torch.tensor(ends, device=settings.device).flatten()
         asked = questions(settings.seed, "train", 1024)[rank :: settings.workers]
         self.prompts = cycle(question.prompt for question in asked)
         self.client = RewardClient(settings.app, caller=f"rollout-{rank}")
         self.pending: tuple[Rollout, Future[Rewards]] | None = None
 
-    def rollout(self, weights: dict[str, Tensor]) -> Rollout | None:
+    def rollout(self, weights: Weights) -> Rollout | None:
         """Sample a step and send it; the step before with its rewards, None the first time."""
         self.policy.load_state_dict(weights)
         prompts = [next(self.prompts) for _ in range(self.settings.prompts_per_worker)]
@@ -141,10 +138,8 @@ class RolloutWorker:
         rollout.waited = time.perf_counter() - started
         return rollout
 
-    def evaluate(
-        self, weights: dict[str, Tensor], asked: Sequence[Question]
-    ) -> list[tuple[float, int]]:
-        """Reward and latent quality of a response to each, sampled with the same luck each time."""
+    def evaluate(self, weights: Weights, asked: Sequence[Question]) -> list[Figures]:
+        """Reward, latent quality and end of a response to each, sampled with the same luck."""
         self.policy.load_state_dict(weights)
         prompts = [question.prompt for question in asked]
         with torch.random.fork_rng():
@@ -152,7 +147,10 @@ class RolloutWorker:
             parts = [self.sample(prompts[i : i + 32], 1) for i in range(0, len(prompts), 32)]
         texts = [t for part in parts for t in self.tokenizer.batch_decode(part.rows()[1], True)]
         quality = [q.quality(text.strip()) for q, text in zip(asked, texts, strict=True)]
-        return list(zip(self.send(parts).result().values.tolist(), quality, strict=True))
+        finished = torch.cat([part.finished for part in parts])
+        scores = score(self.send(parts).result(), finished, self.settings)
+        judged = zip(scores.tolist(), quality, finished.tolist(), strict=True)
+        return [{"reward": r, "quality": q, "finished": f} for r, q, f in judged]
 
     def send(self, parts: Sequence[Rollout]) -> Future[Rewards]:
         rows = zip(*(part.rows() for part in parts), strict=True)
@@ -162,13 +160,14 @@ class RolloutWorker:
 
     @torch.inference_mode()
     def sample(self, prompts: Sequence[str], responses: int) -> Rollout:
-        """At temperature 1 from the whole vocabulary, since that is what the learner computes."""
+        """From the whole vocabulary, since that is what the learner computes."""
+        temperature = self.settings.temperature
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
         form = {"add_generation_prompt": True, "padding": True, "return_tensors": "pt"}
         asked = self.tokenizer.apply_chat_template(chats, return_dict=True, **form)
         sampled = self.policy.generate(
             **asked.to(self.settings.device),
-            **{"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
+            **{"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0},
             **{"output_logits": True, "return_dict_in_generate": True},
             num_return_sequences=responses,
             max_new_tokens=self.settings.max_response,
@@ -178,9 +177,9 @@ class RolloutWorker:
         ends = torch.isin(response, self.ends)
         kept = ends.cumsum(1) - ends.long() == 0  # up to the first end, which is the response's own
         mask = torch.cat([asked["attention_mask"].repeat_interleave(responses, 0), kept], 1)
-        old = log_probs(torch.stack(sampled.logits, 1), response)
+        old = log_probs(torch.stack(sampled.logits, 1), response, temperature)
         logits = forward(self.reference, ids, mask, logits_to_keep=response.shape[1] + 1)
-        reference = log_probs(logits[:, :-1], response)
+        reference = log_probs(logits[:, :-1], response, temperature)
         finished = ends.any(1).cpu()
         return Rollout(ids.cpu(), mask.cpu(), old.cpu(), reference.cpu(), kept.cpu(), finished)
 
@@ -192,19 +191,16 @@ class Learner:
         torch.manual_seed(settings.seed)
         torch.set_num_threads(os.cpu_count() or 1)  # Ray gives an actor without CPUs one
         self.settings = settings
-        reward_model, export = open_model(settings.export)
-        self.mean, self.std = export.reward_mean or 0.0, export.reward_std or 1.0
+        reward_model, _ = open_model(settings.export)
         policy = AutoModelForCausalLM.from_pretrained(find_model(settings.policy), dtype="float32")
         # The reward model's head, at every token instead of the last one.
         critic = AutoModelForTokenClassification.from_pretrained(reward_model, dtype="float32")
         self.policy, self.critic = policy.to(settings.device), critic.to(settings.device)
         self.trained = [thaw(model, settings.trained_layers) for model in (policy, critic)]
-        self.optimizers = [
-            torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=0.0, fused=True)
-            for parameters in self.trained
-        ]
+        adamw = partial(torch.optim.AdamW, lr=settings.learning_rate, weight_decay=0.0, fused=True)
+        self.optimizer = adamw(chain(*self.trained))
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> Weights:
         return {k: v.to("cpu", torch.bfloat16) for k, v in self.policy.state_dict().items()}
 
     def update(self, *rollouts: Rollout) -> Figures:
@@ -227,40 +223,46 @@ class Learner:
         assert rollout.rewards is not None
         settings, mask = self.settings, rollout.kept
         rewards = -settings.kl_penalty * (rollout.old - rollout.reference) * mask
-        score = (torch.from_numpy(rollout.rewards.values) - self.mean) / self.std
-        score -= settings.unfinished_penalty * ~rollout.finished
-        rewards[torch.arange(len(mask)), mask.sum(1) - 1] += score
+        scores = score(rollout.rewards, rollout.finished, settings)
+        rewards[torch.arange(len(mask)), mask.sum(1) - 1] += scores
         ids, every = rollout.ids.to(settings.device), rollout.mask.to(settings.device)
         values = self.values(ids, every, mask.shape[1]).cpu() * mask
         advantages = gae(rewards, values, settings.gae_lambda)
         batch = {"ids": rollout.ids, "mask": rollout.mask, "kept": mask, "old": rollout.old}
         batch |= {"advantages": advantages, "returns": advantages + values}
-        return {key: value[score.isfinite()] for key, value in batch.items()}
+        return {key: value[scores.isfinite()] for key, value in batch.items()}
 
     def values(self, ids: Tensor, mask: Tensor, responses: int) -> Tensor:
         """What the critic expects before each of the last so many tokens, float32 [B, R]."""
         with torch.autocast(self.settings.device, torch.bfloat16):
             values = forward(self.critic, ids, mask)[:, -responses - 1 : -1, 0]
-        return (values.float() - self.mean) / self.std
+        return (values.float() - self.settings.reward_mean) / self.settings.reward_std
 
     def step(self, batch: dict[str, Tensor]) -> Figures:
         """One optimizer step: the clipped surrogate (equation 7 of the paper), squared errors."""
-        columns = [tensor.to(self.settings.device) for tensor in batch.values()]
-        ids, mask, kept, old, advantages, returns = columns
-        responses, clip = old.shape[1], self.settings.clip
-        with torch.autocast(self.settings.device, torch.bfloat16):
+        device, clip = self.settings.device, self.settings.clip
+        ids, mask, kept, old, advantages, returns = (t.to(device) for t in batch.values())
+        responses = old.shape[1]
+        with torch.autocast(device, torch.bfloat16):
             logits = forward(self.policy, ids, mask, logits_to_keep=responses + 1)
-        ratio = (log_probs(logits[:, :-1], ids[:, -responses:]) - old).exp()
+        new = log_probs(logits[:, :-1], ids[:, -responses:], self.settings.temperature)
+        ratio = (new - old).exp()
         clipped = ratio.clamp(1 - clip, 1 + clip)
         policy_loss = -torch.minimum(ratio * advantages, clipped * advantages)[kept].mean()
         value_loss = (self.values(ids, mask, responses) - returns).square()[kept].mean() / 2
         (policy_loss + value_loss).backward()
-        for parameters, optimizer in zip(self.trained, self.optimizers, strict=True):
+        for parameters in self.trained:
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         outside = (ratio != clipped)[kept].float().mean()
         return {"clipped": outside.item(), "value_loss": value_loss.item()}
+
+
+def score(rewards: Rewards, finished: Tensor, settings: Settings) -> Tensor:
+    """Rewards as the learner sees them, float32 [B]; NaN where a row has none."""
+    scores = (torch.from_numpy(rewards.values) - settings.reward_mean) / settings.reward_std
+    return scores.where(finished | scores.isnan(), settings.unfinished_reward)
 
 
 def thaw(model: Any, layers: int) -> list[torch.nn.Parameter]:
@@ -284,15 +286,13 @@ def gae(rewards: Tensor, values: Tensor, lam: float) -> Tensor:
 
 def train(settings: Settings) -> Figures:
     """A run from the base: its history, and what it did to responses to held-out prompts."""
-    actor: Any = ray.remote(
-        num_cpus=0, num_gpus=settings.device == "cuda"
-    )  # they take turns on the cores
+    actor: Any = ray.remote(num_cpus=0, num_gpus=settings.device == "cuda")  # cores are shared
     learner = actor(Learner).remote(settings)
     workers = [actor(RolloutWorker).remote(settings, rank) for rank in range(settings.workers)]
     weights = learner.weights.remote()
     test = questions(settings.seed, "test", settings.held_out)
     asked = [(worker, test[rank :: len(workers)]) for rank, worker in enumerate(workers)]
-    before = ray.get([worker.evaluate.remote(weights, share) for worker, share in asked])
+    before = [*chain(*ray.get([w.evaluate.remote(weights, share) for w, share in asked]))]
     ray.get([worker.rollout.remote(weights) for worker in workers])
     history: list[Figures] = []
     for step in range(1, settings.steps + 1):
@@ -301,27 +301,22 @@ def train(settings: Settings) -> Figures:
         losses = ray.get(learner.update.remote(*rollouts))
         weights = learner.weights.remote()
         losses["seconds"] = time.perf_counter() - started
-        history.append({"step": step, **losses, **summarize(rollouts)})
-        print(
-            *(f"{k} {history[-1][k]:{form}}" for k, form in COLUMNS.items()), sep="  ", flush=True
-        )
-    after = ray.get([worker.evaluate.remote(weights, share) for worker, share in asked])
-    held_out = {"before": [*chain(*before)], "after": [*chain(*after)]}
-    return {"settings": asdict(settings), "history": history, "held_out": held_out}
+        history.append({"step": step, **losses, **summarize(rollouts, settings)})
+        print({k: v if k == "version" else round(v, 3) for k, v in history[-1].items()}, flush=True)
+    after = [*chain(*ray.get([w.evaluate.remote(weights, share) for w, share in asked]))]
+    return {"settings": asdict(settings), "history": history, "before": before, "after": after}
 
 
-def summarize(rollouts: Sequence[Rollout]) -> Figures:
-    masks = [rollout.kept for rollout in rollouts]
-    kl = [((r.old - r.reference) * m).sum(1) for r, m in zip(rollouts, masks, strict=True)]
-    scored = [rollout.rewards for rollout in rollouts if rollout.rewards]
-    finished = torch.cat([rollout.finished for rollout in rollouts]).float().mean().item()
+def summarize(rollouts: Sequence[Rollout], settings: Settings) -> Figures:
+    scored = [(r, r.rewards) for r in rollouts if r.rewards]
+    scores = torch.cat([score(rewards, r.finished, settings) for r, rewards in scored])
     return {
-        "reward": fmean(v for r in scored for v in r.values.tolist() if not math.isnan(v)),
-        "kl": torch.cat(kl).mean().item(),
-        "tokens": torch.cat([m.sum(1) for m in masks]).float().mean().item(),
-        "unfinished": 1 - finished,
+        "reward": scores.nanmean().item(),
+        "kl": torch.cat([((r.old - r.reference) * r.kept).sum(1) for r in rollouts]).mean().item(),
+        "tokens": torch.cat([r.kept.sum(1) for r in rollouts]).float().mean().item(),
+        "unfinished": 1 - torch.cat([r.finished for r in rollouts]).float().mean().item(),
         "waited": max(rollout.waited for rollout in rollouts),
-        "version": ", ".join(sorted({v for r in scored for v in r.versions})),
+        "version": ", ".join(sorted({v for _, rewards in scored for v in rewards.versions})),
     }
 
 
@@ -329,21 +324,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("export", help="the critic's start, and what is served where --app is not")
     parser.add_argument("--directory", type=Path, default="runs/ppo", help="for ppo.json")
-    for field in fields(Settings)[1:]:
+    for field in fields(Settings)[1:-2]:
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     args = vars(parser.parse_args())
-    directory, settings = args.pop("directory"), Settings(**args)
+    directory, (_, record) = args.pop("directory"), open_model(args["export"])
+    settings = Settings(
+        **args, reward_mean=record.reward_mean or 0, reward_std=record.reward_std or 1
+    )
     ray.init(log_to_driver=False, logging_level=logging.ERROR)
     if settings.app not in serve.status().applications:
-        served = {"app": settings.app, "gpus_per_replica": settings.device == "cuda"}
-        deploy(ServeConfig(export=settings.export, **served))
-    run = train(settings)
+        gpus = settings.device == "cuda"
+        deploy(ServeConfig(export=settings.export, app=settings.app, gpus_per_replica=gpus))
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "ppo.json").write_text(json.dumps(run, indent=1))
+    (directory / "ppo.json").write_text(json.dumps(train(settings), indent=1))
 
 
 if __name__ == "__main__":
     try:
         main()
     except RayrmError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        raise SystemExit(f"{type(error).__name__}: {error}") from None

@@ -1,7 +1,8 @@
 """What runs of jobs/ppo.py came to: jobs/ppo_report.py PICTURE RUN/ppo.json …
 
-Prints, for each seed, rewards and latent quality of responses to held-out prompts before and after,
-KL, clipping and the share of the time spent waiting for rewards; draws reward and KL.
+Prints, for each seed, what became of responses to held-out prompts: their rewards as the learner
+sees them, their latent quality, both with the paired t over the prompts, and the share that ended
+by itself; then KL, clipping and the share of the time spent waiting for rewards. Draws reward, KL.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-COLUMNS = "seed, reward before, after, t, quality before, after, t, KL, clipped, seconds, waited"
+COLUMNS = "seed, reward, t, quality, t, ended, KL, clipped, seconds, waited"
 
 
 def paired_t(before: Sequence[float], after: Sequence[float]) -> float:
@@ -28,11 +29,11 @@ def paired_t(before: Sequence[float], after: Sequence[float]) -> float:
 
 def outcome(run: dict[str, Any]) -> str:
     """A run as a row of the table; KL of the last step, clipping over all of them."""
-    history, judged = run["history"], run["held_out"]
-    row = [str(run["settings"]["seed"])]
-    for k in (0, 1):
-        before, after = ([value[k] for value in judged[when]] for when in ("before", "after"))
-        row += [f"{fmean(before):.3f}", f"{fmean(after):.3f}", f"{paired_t(before, after):.1f}"]
+    history, row = run["history"], [str(run["settings"]["seed"])]
+    for key in ("reward", "quality", "finished"):
+        before, after = ([judged[key] for judged in run[when]] for when in ("before", "after"))
+        row += [f"{fmean(before):.2f} → {fmean(after):.2f}", f"{paired_t(before, after):.1f}"]
+    del row[-1]  # that responses end needs no test
     seconds, waited = (sum(h[key] for h in history) for key in ("seconds", "waited"))
     row += [f"{history[-1]['kl']:.1f}", f"{fmean(h['clipped'] for h in history):.3f}"]
     return f"| {' | '.join([*row, f'{seconds:.0f}', f'{waited / seconds:.1%}'])} |"

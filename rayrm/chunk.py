@@ -82,19 +82,34 @@ class Column:
         )
 
     def unpack(self) -> list[Text | Tokens]:
-        bounds = pairwise([0, *self.ends.tolist()])
-        parts = (self.data[start:end] for start, end in bounds)
-        return [from_payload(kind, part) for kind, part in zip(self.kinds, parts, strict=True)]
+        return [from_payload(k, part) for k, part in zip(self.kinds, self._parts(), strict=True)]
+
+    @property
+    def tokens(self) -> NDArray[np.float64]:
+        """Of each, about."""
+        return np.diff(self.ends, prepend=0) / BYTES_PER_TOKEN
+
+    @property
+    def hashes(self) -> NDArray[np.int64]:
+        """Of each, equal for equal ones in this process."""
+        return np.array([hash(part.tobytes()) for part in self._parts()], dtype=np.int64)
+
+    def _parts(self) -> Iterator[NDArray[np.uint8]]:
+        return (self.data[start:end] for start, end in pairwise([0, *self.ends.tolist()]))
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """N rows on their way to a replica. prompts: each once; prompt_of: int32 [N] into them."""
+    """N rows on their way to a replica. prompts: each once; prompt_of: int32 [N] into them.
+
+    copies: int32 [N], how many equal rows of the step it stands for.
+    """
 
     prompts: Column
     prompt_of: NDArray[np.int32]
     responses: Column
     finished: NDArray[np.bool_]
+    copies: NDArray[np.int32]
     tokenizer: str | None
 
     @property
@@ -151,6 +166,18 @@ class Step:
         bins = balance(costs, max(1, int(np.ceil(total / size))))  # a step of empty rows costs none
         return [[key for p in indices for key in pieces[p]] for indices in bins if indices]
 
+    def chunk(self, keys: Sequence[Key], tokenizer: str | None) -> Chunk:
+        """Rows of these keys as flat arrays, each prompt once."""
+        prompts = {prompt: p for p, prompt in enumerate(dict.fromkeys(key[0] for key in keys))}
+        return Chunk(
+            Column.pack(list(prompts)),
+            np.array([prompts[key[0]] for key in keys], dtype=np.int32),
+            Column.pack([key[1] for key in keys]),
+            np.array([key[2] for key in keys], dtype=bool),
+            np.array([len(self.places[key]) for key in keys], dtype=np.int32),
+            tokenizer,
+        )
+
     def arrived(self, chunk: Sequence[Key], reply: Rewards) -> Arrival:
         """A chunk's rewards at every place where its rows stand."""
         at = [(i, k) for k, key in enumerate(chunk) for i in self.places[key]]
@@ -178,18 +205,6 @@ class Step:
                 errors[i], versions[i] = error, version
         unfinished = np.array([not row.finished for row in self.rows], dtype=bool)
         return Rewards(values, errors, truncated, unfinished, versions)
-
-
-def to_chunk(keys: Sequence[Key], tokenizer: str | None) -> Chunk:
-    """Rows as flat arrays, each prompt once."""
-    prompts = {prompt: p for p, prompt in enumerate(dict.fromkeys(key[0] for key in keys))}
-    return Chunk(
-        Column.pack(list(prompts)),
-        np.array([prompts[key[0]] for key in keys], dtype=np.int32),
-        Column.pack([key[1] for key in keys]),
-        np.array([key[2] for key in keys], dtype=bool),
-        tokenizer,
-    )
 
 
 def _cost(group: Sequence[Key]) -> float:

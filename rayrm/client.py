@@ -36,7 +36,7 @@ from ray.serve.handle import DeploymentHandle
 from transformers import PreTrainedTokenizerBase
 
 from rayrm.callers import Caller, Ticket, this_caller
-from rayrm.chunk import CHUNKS_PER_REPLICA, Arrival, Chunk, Step, to_chunk
+from rayrm.chunk import CHUNKS_PER_REPLICA, Arrival, Chunk, Step
 from rayrm.config import OWN
 from rayrm.engine import (
     Rewards,
@@ -365,7 +365,7 @@ class Sending:
     async def send(self, step: Step, tokenizer: str | None, on_arrival: OnArrival | None) -> Named:
         """Cut the step, keep a few chunks a replica on their way, collect what arrives."""
         cut = step.cut(self.app.replicas, self.app.tokens_per_pack)
-        chunks = [to_chunk(keys, tokenizer) for keys in cut]
+        chunks = [step.chunk(keys, tokenizer) for keys in cut]
         self.outstanding = sum(map(self._cost, chunks))
 
         places = asyncio.Semaphore(CHUNKS_PER_REPLICA * self.app.replicas)

@@ -225,12 +225,15 @@ class RewardModel:
         }
         return scored[OWN] if rewards is None else scored
 
+    @property
+    def rewards(self) -> dict[str, RewardModel]:
+        """What computes each reward, by name."""
+        return {OWN: self, **self.adapters}
+
     def named(self, reward: str) -> RewardModel:
         """What computes the reward of that name. Raises UnknownReward."""
-        if reward == OWN:
-            return self
         check_served([reward], self.adapters)
-        return self.adapters[reward]
+        return self.rewards[reward]
 
     def encode(
         self, rows: Sequence[Row], tokenizer: str | PreTrainedTokenizerBase | None = None

@@ -159,7 +159,7 @@ class Rank:
                 "grad_norm": grad_norm,
                 "pairs": pairs,
                 "tokens": tokens,
-                "tokens_unshared": sum(sum(map(len, group.tokens.rows)) for group in groups),
+                "tokens_unshared": sum(group.tokens.tokens_unshared for group in groups),
                 "seconds": time.perf_counter() - started,
             }
         )

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter as Tally
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from rayrm.config import OWN
+from rayrm.drift import RECENT, Latest
 
 if TYPE_CHECKING:
+    from rayrm.chunk import Chunk
+    from rayrm.engine import RewardModel, Rewards
     from rayrm.shadow import Difference
 
 # Gauges of a run by the figure they show, as rayrm_train_<figure>: the latest step's, or the latest
@@ -41,6 +43,22 @@ EVALUATION = {
     "eval_margin": "Mean reward of chosen less rejected over the held-out pairs",
 }
 
+# Gauges of a reward's version that a replica holds.
+VERSION = {
+    "current": "1 for the version that answers, 0 for one that is held besides",
+    "held_out_mean": "Mean reward of the held-out responses, as the export says",
+    "held_out_std": "Standard deviation of the held-out responses' rewards, as the export says",
+}
+
+# Gauges of a reward's version, over its latest rows that this replica scored: those of drift.Drift.
+DRIFT = {
+    "reward_mean": f"Mean of the latest {RECENT} rewards",
+    "reward_std": f"Standard deviation of the latest {RECENT} rewards",
+    "response_tokens": "Mean length of the responses that got them, about",
+    "reward_length_correlation": "Pearson's correlation of reward and length over them",
+    "repeated_responses": "Share of them whose response is equal to one before",
+}
+
 # Gauges of a version in the shadow, over the latest rows: those of shadow.Difference.
 SHADOW = {
     "mean_shift": "Mean reward in the shadow less that of the current version",
@@ -51,9 +69,6 @@ SHADOW = {
 # Seconds. Prometheus counts how many took at most so long.
 CHECKPOINT_BOUNDS = [0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0]
 LATENCY_BOUNDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0]
-
-# Rewards of one replica that its mean and standard deviation are taken over.
-RECENT = 4096
 
 
 class TrainMetrics:
@@ -124,6 +139,9 @@ class ServeMetrics:
         self.requests = Counter("rayrm_serve_requests", "Requests: chunks of callers' steps")
         self.rows = Counter("rayrm_serve_rows", "Rows of all requests, those with an error too")
         self.tokens = Counter("rayrm_serve_tokens", "Tokens of scored rows, each prompt once")
+        self.tokens_unshared = Counter(
+            "rayrm_serve_tokens_unshared", "Tokens of the same rows, each row by itself"
+        )
         self.waiting_tokens = Gauge(
             "rayrm_serve_waiting_tokens",
             "Tokens of rows that callers wait for: held back, queued or being computed",
@@ -136,14 +154,11 @@ class ServeMetrics:
         self.errors = Counter(
             "rayrm_serve_errors", "Rows without a reward, by the error's type", ("kind",)
         )
-        self.reward_mean = Gauge(
-            "rayrm_serve_reward_mean", f"Mean of the latest {RECENT} rewards of a name", ("reward",)
-        )
-        self.reward_std = Gauge(
-            "rayrm_serve_reward_std",
-            f"Standard deviation of the same {RECENT} rewards",
-            ("reward",),
-        )
+        tags: Any = ("reward", "version")  # Ray's type says a tuple of one
+        self.versions = {
+            figure: Gauge(f"rayrm_serve_{figure}", meaning, tags)
+            for figure, meaning in {**VERSION, **DRIFT}.items()
+        }
         self.refusals = Counter(
             "rayrm_serve_refusals", "Requests sent back to be sent again, by reason", ("kind",)
         )
@@ -159,7 +174,7 @@ class ServeMetrics:
         }
         self._found = 0
         self._waiting = 0
-        self._recent: dict[str, NDArray[np.float32]] = {}
+        self._latest: dict[tuple[str, str], Latest] = {}
 
     @contextmanager
     def request(self, rows: int) -> Iterator[None]:
@@ -176,14 +191,18 @@ class ServeMetrics:
             self.latency.observe(time.perf_counter() - started)
 
     @contextmanager
-    def waiting(self, tokens: int) -> Iterator[None]:
-        """Tell of tokens that are waited for until the block is left; then they are computed."""
+    def waiting(self, tokens: int, unshared: int) -> Iterator[None]:
+        """Tell of tokens that are waited for until the block is left; then they are computed.
+
+        unshared: what they would be with every row by itself.
+        """
         self._waiting += tokens
         self.waiting_tokens.set(self._waiting)
         try:
             yield
             if tokens:  # a counter refuses 0
                 self.tokens.inc(tokens)
+                self.tokens_unshared.inc(unshared)
         finally:
             self._waiting -= tokens
             self.waiting_tokens.set(self._waiting)
@@ -203,16 +222,31 @@ class ServeMetrics:
             if not np.isnan(value := getattr(difference, figure)):
                 gauge.set(value)
 
-    def scored(
-        self, values: NDArray[np.float32], errors: Sequence[Exception | None], reward: str = OWN
-    ) -> None:
-        """Tell of a request's rewards of a name, float32 [N] and NaN where errors [N] has one."""
-        for kind, rows in Tally(type(error).__name__ for error in errors if error).items():
-            self.errors.inc(rows, {"kind": kind})
-        before = self._recent.get(reward, values[:0])
-        recent = np.concatenate([before, values[np.isfinite(values)]])[-RECENT:]
-        self._recent[reward] = recent
-        if len(recent):
-            tags = {"reward": reward}
-            self.reward_mean.set(float(recent.mean(dtype=np.float64)), tags)
-            self.reward_std.set(float(recent.std(dtype=np.float64)), tags)
+    def holds(self, models: Iterable[RewardModel], current: RewardModel) -> None:
+        """Tell which versions of each reward are held, and which one answers."""
+        answering = {(name, of.version) for name, of in current.rewards.items()}
+        held = {(name, of.version): of.export for m in models for name, of in m.rewards.items()}
+        for which, export in held.items():
+            self._tell(which, current=float(which in answering))
+            if export and export.reward_mean is not None and export.reward_std is not None:
+                self._tell(which, held_out_mean=export.reward_mean, held_out_std=export.reward_std)
+        for which in self._latest.keys() - held.keys():
+            self._tell(which, **dict.fromkeys(self.versions, float("nan")))  # is shown no more
+        self._latest = {which: self._latest.get(which) or Latest() for which in held}
+
+    def scored(self, reward: str, rewards: Rewards, chunk: Chunk) -> None:
+        """Tell of a chunk's rewards of that name."""
+        for kind, count in Tally(type(e).__name__ for e in rewards.errors if e).items():
+            self.errors.inc(count, {"kind": kind})
+        which = reward, rewards.versions[0]
+        if latest := self._latest.get(which):  # a version may be dropped while it scores the last
+            rows = np.repeat(np.arange(len(rewards)), chunk.copies)
+            responses = chunk.responses
+            latest.add(rewards.values[rows], responses.tokens[rows], responses.hashes[rows])
+            if drift := latest.drift():
+                self._tell(which, **asdict(drift))
+
+    def _tell(self, which: tuple[str, str], **figures: float) -> None:
+        reward, version = which
+        for figure, value in figures.items():
+            self.versions[figure].set(value, {"reward": reward, "version": version})

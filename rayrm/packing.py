@@ -37,6 +37,11 @@ class TokenGroup:
         return len(self.prefix) + sum(map(len, self.suffixes))
 
     @property
+    def tokens_unshared(self) -> int:
+        """Tokens of the rows, each by itself."""
+        return len(self.suffixes) * len(self.prefix) + sum(map(len, self.suffixes))
+
+    @property
     def rows(self) -> list[Ids]:
         """The rows as they were before sharing."""
         return [np.concatenate([self.prefix, suffix]) for suffix in self.suffixes]

@@ -340,7 +340,7 @@ class Replica:
         self.in_progress = CallsInProgress()
         self.queue = TokenQueue(config.tokens_per_pack, config.max_queue_tokens)
         self.known = KnownRewards(config.cache_bytes)
-        self.models = Models(app, config, self._load)
+        self.models = Models(app, config, self._load, self.metrics.holds)
         self.shadowing: set[asyncio.Task[None]] = set()
         self.compared: tuple[Trial | None, Comparison] = None, Comparison()
         self._tokenizing = ThreadPoolExecutor(1, "tokenize")
@@ -375,14 +375,15 @@ class Replica:
         with self.metrics.request(len(chunk.finished)):
             encoded = await loop.run_in_executor(self._tokenizing, encode, model, chunk)
             tokens = sum(group.tokens for group in encoded.groups) * len(models)
-            with self.metrics.waiting(tokens):
+            unshared = sum(group.tokens_unshared for group in encoded.groups) * len(models)
+            with self.metrics.waiting(tokens, unshared):
                 scored = await asyncio.gather(
                     *(self._score_by(m, encoded, ticket.caller) for m in models.values())
                 )
             self.metrics.found(self.known.rows_found)
             rewards = dict(zip(models, scored, strict=True))
             for name, of in rewards.items():
-                self.metrics.scored(of.values, of.errors, name)
+                self.metrics.scored(name, of, chunk)
         errors = sum(len(of) - of.errors.count(None) for of in scored)
         logger.info(
             f"step={ticket.step} part={ticket.part} caller={ticket.caller.name} "
@@ -458,7 +459,7 @@ class Replica:
             "shadow": self.models.shadow.served.pin if self.models.shadow else "",
             "calls": self.calls,
             "refused": self.refused,
-            "forwards": sum(m.forwards for m in (model, *model.adapters.values())),
+            "forwards": sum(of.forwards for of in model.rewards.values()),
             "computed_tokens": self.queue.computed_tokens,
             "queued_tokens": self.queue.queued_tokens,
             "admitted_tokens": self.queue.admitted_tokens,
@@ -488,11 +489,10 @@ def load_replica(config: ServeConfig) -> RewardModel:
 
 def warm_up(model: RewardModel) -> None:
     """Touch the template, the kernels and the largest pack, so that what fails, fails now."""
-    every = (model, *model.adapters.values())
-    for each in every:
-        each.score(["Hello"] * 2, ["Yes.", "No, not at all."])
+    for of in model.rewards.values():
+        of.score(["Hello"] * 2, ["Yes.", "No, not at all."])
     longest = min(model.template.spec.max_length, model.tokens_per_pack)
     row = np.zeros(longest, dtype=np.int32)
     model.score_groups([TokenGroup(row[:0], (row,))] * (model.tokens_per_pack // longest))
-    for each in every:
-        each.forwards = 0
+    for of in model.rewards.values():
+        of.forwards = 0

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -127,15 +127,21 @@ class Models:
     """The models that a replica holds: what the record wants, and the one before while it is used.
 
     A model is held by what steps are pinned to: its version and those of its adapters. load makes
-    a model of a config, ready to score; it runs beside the current model.
+    a model of a config, ready to score; it runs beside the current model. tell is told what is
+    held, and which of it is current, whenever that was compared with what is wanted.
     """
 
     def __init__(
-        self, app: str, config: ServeConfig, load: Callable[[ServeConfig], RewardModel]
+        self,
+        app: str,
+        config: ServeConfig,
+        load: Callable[[ServeConfig], RewardModel],
+        tell: Callable[[Collection[RewardModel], RewardModel], None],
     ) -> None:
         self.app = app
         self.config = config
         self.load = load
+        self.tell = tell
         self.held: dict[str, RewardModel] = {}
         self.failed: dict[str, str] = {}
         self._asked: dict[str, float] = {}
@@ -143,6 +149,7 @@ class Models:
         self._wake = threading.Event()
         self.shadow: Trial | None = None
         self.current = self._start()
+        self.tell(self.held.values(), self.held[self.current])
         threading.Thread(target=self._follow, name="follow", daemon=True).start()
 
     async def get(self, version: str) -> RewardModel:
@@ -175,6 +182,7 @@ class Models:
                     del self.held[version]
                     logger.info(f"dropped version={version}")
             self.failed = {v: why for v, why in self.failed.items() if v in versions}
+            self.tell(self.held.values(), self.held[self.current])
 
     def _obtain(self, version: str) -> None:
         """Hold what is wanted though nobody told this replica yet; what is not wanted is gone."""

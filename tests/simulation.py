@@ -1,8 +1,8 @@
 """A cluster of replicas and callers in virtual time: real planning, sending, routing and queueing.
 
-What runs is Step, to_chunk, Sending, TokenQueue and the router class of Ray Serve. Simulated are
-the clock, the network between a router and a replica, and the seconds that a pack takes. Knows
-nothing of tokenizing, serialisation, the object store, a busy event loop, the cache of known
+What runs is Step, Sending, TokenQueue and the router class of Ray Serve. Simulated are the clock,
+the network between a router and a replica, and the seconds that a pack takes. Knows nothing of
+tokenizing, serialisation, the object store, a busy event loop, the cache of known
 rewards, or deaths: a real cluster is slower by those.
 """
 

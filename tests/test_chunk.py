@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rayrm.chunk import CHUNKS_PER_REPLICA, MIN_CHUNK_TOKENS, Key, Step, _cost, to_chunk
+from rayrm.chunk import CHUNKS_PER_REPLICA, MIN_CHUNK_TOKENS, Key, Step, _cost
 from rayrm.engine import make_rows
 from rayrm.template import Row, is_ids
 
@@ -41,7 +41,7 @@ def test_rows_arrive_as_they_were_sent() -> None:
     ]
     step = Step(rows)
     (keys,) = step.cut(1, PACK)
-    chunk = pickle.loads(pickle.dumps(to_chunk(keys, "fingerprint")))
+    chunk = pickle.loads(pickle.dumps(step.chunk(keys, "fingerprint")))
     sent = [rows[step.places[key][0]] for key in keys]
     assert [_plain(row) for row in chunk.rows()] == [_plain(row) for row in sent]
     assert chunk.tokenizer == "fingerprint"

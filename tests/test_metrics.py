@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -18,11 +19,14 @@ from ray.train.v2.api.result import Result
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rayrm import RewardClient, ServeConfig, TrainConfig, deploy
+from rayrm.engine import RewardModel, make_rows
 from rayrm.errors import ConfigError
+from rayrm.export import read_export
 from rayrm.loop import Rank
-from rayrm.metrics import EVALUATION, RECENT, STEP, ServeMetrics, TrainMetrics
+from rayrm.metrics import EVALUATION, STEP, ServeMetrics, TrainMetrics
 from rayrm.train import make_trainer, run_directory
 from tests.conftest import make_base, samples_at
+from tests.test_serve import until
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -37,7 +41,7 @@ def scrape(*tag: str) -> Samples:
     )
 
 
-def wait_for(name: str, value: float, *tag: str) -> Samples:
+def wait_for(name: str, value: Any, *tag: str) -> Samples:
     """A scrape, once that sample has that value and the others had the time to be reported too."""
     until = time.monotonic() + 20
     while (samples := scrape(*tag)).get(name) != value:
@@ -134,6 +138,12 @@ def test_what_a_replica_answers_is_scraped_and_moves(
     stats = serve.get_app_handle("metered").broadcast("stats").results(timeout_s=10)
     assert samples["serve_tokens_total"] == stats[0]["computed_tokens"]
 
+    local = RewardModel.load(tiny_export, "cpu")
+    rows = [[prompts[i]] for i in (0, 1, 3)], [[responses[i]] for i in (0, 1, 3)]
+    alone = sum(local.encode(make_rows(p, r)).groups[0].tokens for p, r in zip(*rows, strict=True))
+    assert samples["serve_tokens_unshared_total"] == alone > samples["serve_tokens_total"]
+    assert samples["serve_current"] == 1
+
     second = metered.score(["Name a tree."], ["Oak."])
     moved = wait_for("serve_latency_seconds_count", 2, *tag)
     assert moved["serve_requests_total"] == 2
@@ -144,21 +154,45 @@ def test_what_a_replica_answers_is_scraped_and_moves(
     assert moved["serve_errors_total EmptyResponse"] == 1
 
 
+def test_what_a_version_tells_ends_with_it(
+    cluster: None, tiny_export: Path, tmp_path: Path
+) -> None:
+    """In a replica that goes from one export to another, which has figures of held-out rewards."""
+    evaluated = Path(shutil.copytree(tiny_export, tmp_path / "export"))
+    record = read_export(evaluated)[1]
+    record.name, record.reward_mean, record.reward_std = "evaluated", -1.0, 2.0
+    record.write(evaluated)
+    config = ServeConfig(export=str(tiny_export), app="followed")
+    old, new = read_export(tiny_export)[1].version, record.version
+    deploy(config)
+    try:
+        RewardClient("followed").score(["Name a fruit."] * 2, ["Plum.", "A long pear."])
+        before = wait_for("serve_response_tokens", approx(2.125), "version", old)
+        assert before["serve_current"] == 1 and "serve_held_out_mean" not in before
+        deploy(config.model_copy(update={"export": str(evaluated)}))
+        after = wait_for("serve_current", 1, "version", new)
+        assert after["serve_held_out_mean"] == -1 and after["serve_held_out_std"] == 2
+        assert "serve_reward_mean" not in after
+        assert scrape("version", old)["serve_current"] == 0, "steps may still be pinned to it"
+        until(lambda: not scrape("version", old))
+    finally:
+        serve.delete("followed")
+
+
+def test_the_rewards_of_equal_rows_count_as_often_as_they_were_asked_for(
+    metered: RewardClient,
+) -> None:
+    scored = metered.score(["Name a nut."] * 4, ["Hazel."] * 3 + ["Pecan."])
+    mean = scored.values.mean(dtype=np.float64)
+    samples = wait_for("serve_reward_mean", approx(mean, abs=1e-6), "application", "metered")
+    assert samples["serve_repeated_responses"] == 0.5
+
+
 def test_a_request_that_fails_is_counted_as_an_error_of_its_rows(cluster: None) -> None:
     metrics = ServeMetrics()
-    with pytest.raises(OverflowError), metrics.request(3), metrics.waiting(40):
+    with pytest.raises(OverflowError), metrics.request(3), metrics.waiting(40, 60):
         raise OverflowError
     wait_for("serve_errors_total OverflowError", 3, "kind", "OverflowError")
-
-
-def test_reward_statistics_are_over_the_latest_rewards() -> None:
-    metrics = ServeMetrics()
-    shown: list[float] = []
-    metrics.reward_mean.set = lambda mean, tags: shown.append(mean)  # type: ignore
-    metrics.scored(np.full(RECENT, 3, dtype=np.float32), [None] * RECENT)
-    metrics.scored(np.full(RECENT // 2, 5, dtype=np.float32), [None] * (RECENT // 2))
-    metrics.scored(np.full(RECENT // 2, 7, dtype=np.float32), [None] * (RECENT // 2))
-    assert shown == [3, 4, 6]
 
 
 def events(directory: Path) -> dict[str, list[tuple[int, Any]]]:

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,17 @@ import torch
 from ray import serve
 
 from jobs import ppo_report
-from jobs.ppo import Learner, Rollout, RolloutWorker, Settings, forward, gae, log_probs, train
+from jobs.ppo import (
+    Learner,
+    Rollout,
+    RolloutWorker,
+    Settings,
+    forward,
+    gae,
+    log_probs,
+    score,
+    train,
+)
 from rayrm.config import ServeConfig
 from rayrm.engine import RewardModel, Rewards
 from rayrm.sample import questions
@@ -103,7 +114,7 @@ def test_prompts_are_what_the_reward_model_was_trained_on(
 
 
 def test_log_probabilities_are_of_the_tokens_as_they_were_sampled(
-    worker: RolloutWorker, sampled: Rollout
+    settings: Settings, worker: RolloutWorker, sampled: Rollout
 ) -> None:
     assert worker.settings.max_response == sampled.old.shape[1]
     kept = sampled.kept
@@ -113,7 +124,7 @@ def test_log_probabilities_are_of_the_tokens_as_they_were_sampled(
         for b, (prompt, response) in enumerate(zip(*sampled.rows(), strict=True)):
             row = torch.tensor([prompt + response])
             logits = forward(worker.policy, row, torch.ones_like(row))[:, len(prompt) - 1 : -1]
-            alone = log_probs(logits, torch.tensor([response]))[0]
+            alone = log_probs(logits, torch.tensor([response]), settings.temperature)[0]
             assert (alone - sampled.old[b][kept[b]]).abs().max() < 0.1
 
 
@@ -127,11 +138,11 @@ def test_the_score_is_the_last_tokens_reward_and_moving_away_costs(
     batch = learner.estimate(sampled)
     assert len(batch["ids"]) == 15, "a row without a reward is left out"
     kept, values = batch["kept"], batch["returns"] - batch["advantages"]
-    score = (torch.linspace(-1, 1, 16) - settings.unfinished_penalty * ~sampled.finished)[1:]
+    scores = torch.linspace(-1, 1, 16).where(sampled.finished, settings.unfinished_reward)[1:]
     penalty = settings.kl_penalty * (sampled.old - sampled.reference)[1:] * kept
     for b in range(15):
         rewards = -penalty[b]
-        rewards[int(kept[b].sum()) - 1] += score[b]
+        rewards[int(kept[b].sum()) - 1] += scores[b]
         row = (rewards[None], values[b][None])
         assert torch.allclose(gae(*row, 0.95)[0], batch["advantages"][b], atol=1e-5)
     sampled.rewards = None
@@ -150,6 +161,14 @@ def test_only_the_last_layers_are_trained_and_they_are(
     sampled.rewards = None
 
 
+def test_rewards_are_learned_from_in_the_scale_of_the_held_out_ones(settings: Settings) -> None:
+    none = torch.zeros(3, dtype=torch.bool).numpy()
+    rewards = Rewards(torch.tensor([3, 3, math.nan]).numpy(), [None] * 3, none, none, ["v"] * 3)
+    scaled = replace(settings, reward_mean=-1.0, reward_std=2.0)
+    scores = score(rewards, torch.tensor([True, False, False]), scaled).tolist()
+    assert scores[:2] == [2.0, settings.unfinished_reward] and math.isnan(scores[2])
+
+
 def test_paired_t_by_hand() -> None:
     # Gains 1, 2, 3: mean 2, standard deviation 1.
     assert ppo_report.paired_t([0, 0, 1], [1, 2, 4]) == pytest.approx(2 / (1 / math.sqrt(3)))
@@ -161,7 +180,9 @@ def test_questions_are_judged_where_they_are_sampled(worker: RolloutWorker) -> N
     weights = worker.policy.state_dict()
     judged = worker.evaluate(weights, asked)
     assert judged == worker.evaluate(weights, asked), "the same luck"
-    assert len(judged) == 8 and all(quality in (0, 1, 2) for _, quality in judged)
+    assert len(judged) == 8 and all(judge["quality"] in (0, 1, 2) for judge in judged)
+    cut_off = [judge["reward"] for judge in judged if not judge["finished"]]
+    assert set(cut_off) == {worker.settings.unfinished_reward} and len(cut_off) < 8
 
 
 def test_a_run_goes_on_through_a_killed_replica_and_a_new_version(
@@ -191,7 +212,7 @@ def test_a_run_goes_on_through_a_killed_replica_and_a_new_version(
         assert all(
             math.isfinite(h["reward"]) and h["waited"] < h["seconds"] for h in run["history"]
         )
-        assert len(run["held_out"]["before"]) == len(run["held_out"]["after"]) == 8
+        assert len(run["before"]) == len(run["after"]) == 8
     assert any(h["clipped"] > 0 for run in runs for h in run["history"])
     versions = [h["version"] for run in runs for h in run["history"]]
     assert versions[0] != versions[-1]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from rayrm.chunk import Step, to_chunk
+from rayrm.chunk import Step
 from rayrm.template import Row
 from tests.simulation import (
     RESPONSES_PER_PROMPT,
@@ -74,8 +74,8 @@ def test_planning_a_hundred_thousand_rows_takes_about_a_second() -> None:
         taken = []
         for rows in steps:
             started = time.thread_time()
-            cut = Step(rows).cut(LARGE, TOKENS_PER_PACK)
-            chunks = [to_chunk(keys, None) for keys in cut]
+            step = Step(rows)
+            chunks = [step.chunk(keys, None) for keys in step.cut(LARGE, TOKENS_PER_PACK)]
             taken.append(time.thread_time() - started)
             assert sum(len(chunk.finished) for chunk in chunks) == len(rows)
     finally:

@@ -21,6 +21,7 @@ from rayrm.client import RewardClient
 from rayrm.config import ServeConfig
 from rayrm.engine import RewardModel, Rewards
 from rayrm.errors import ExportError, ServiceError, VersionGone
+from rayrm.metrics import ServeMetrics
 from rayrm.serve import Replica, deploy, rollback, swap
 from rayrm.versions import (
     Models,
@@ -202,6 +203,7 @@ def test_what_is_found_must_be_what_was_deployed(cluster: None, tiny_export: Pat
     write_record(Record(config=config, started=config.export, current=old))
     try:
         with pytest.raises(ExportError, match=r"holds .*, and not old@1"):
-            Models("changed", config, lambda c: RewardModel.load(c.export, "cpu"))
+            load, tell = (lambda c: RewardModel.load(c.export, "cpu")), ServeMetrics().holds
+            Models("changed", config, load, tell)
     finally:
         delete_record("changed")
