@@ -45,8 +45,10 @@ def draw(runs: Sequence[dict[str, Any]], file: Path) -> None:
     titles = {"reward": "mean reward", "kl": "KL to the reference, nats a response"}
     for axes, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         for run in runs:
-            axes.plot([h[key] for h in run["history"]], label=f"seed {run['settings']['seed']}")
+            steps, values = ([h[k] for h in run["history"]] for k in ("step", key))
+            axes.plot(steps, values, label=f"seed {run['settings']['seed']}")
         axes.set(title=title, xlabel="step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     figure.savefig(file, dpi=120)
 
