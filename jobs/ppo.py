@@ -261,7 +261,7 @@ class Learner:
 
 def score(rewards: Rewards, finished: Tensor, settings: Settings) -> Tensor:
     """Rewards as the learner sees them, float32 [B]; NaN where a row has none."""
-    scores = (torch.from_numpy(rewards.values) - settings.reward_mean) / settings.reward_std
+    scores = (torch.tensor(rewards.values) - settings.reward_mean) / settings.reward_std
     return scores.where(finished | scores.isnan(), settings.unfinished_reward)
 
 
