@@ -7,6 +7,7 @@ figure is come by.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from rayrm.chunk import Chunk
     from rayrm.engine import RewardModel, Rewards
     from rayrm.shadow import Difference
+    from rayrm.versions import Trial
 
 # Gauges of a run by the figure they show, as rayrm_train_<figure>: the latest step's, or the latest
 # evaluation's. One whose figure is None (grad_norm under ZeRO 0) is not shown.
@@ -43,6 +45,11 @@ EVALUATION = {
     "eval_margin": "Mean reward of chosen less rejected over the held-out pairs",
 }
 
+# Gauge of a replica.
+QUEUE = {
+    "waiting_tokens": "Tokens of rows that callers wait for: held back, queued or being computed",
+}
+
 # Gauges of a reward's version that a replica holds.
 VERSION = {
     "current": "1 for the version that answers, 0 for one that is held besides",
@@ -61,14 +68,48 @@ DRIFT = {
 
 # Gauges of a version in the shadow, over the latest rows: those of shadow.Difference.
 SHADOW = {
-    "mean_shift": "Mean reward in the shadow less that of the current version",
-    "rank_correlation": "Spearman's correlation of the rewards in the shadow with the current ones",
-    "disagreement": "Share of pairs of responses to one prompt that the two order differently",
+    "shadow_mean_shift": "Mean reward in the shadow less that of the current version",
+    "shadow_rank_correlation": "Spearman's rank correlation of its rewards with the current ones",
+    "shadow_disagreement": "Share of pairs of responses to one prompt ordered differently",
 }
 
 # Seconds. Prometheus counts how many took at most so long.
 CHECKPOINT_BOUNDS = [0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0]
 LATENCY_BOUNDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0]
+
+# A process reports to the agent once a second or less often.
+REPEAT_S = 0.5
+
+
+class Gauges:
+    """Gauges by figure, shown for as long as the process lives; one that is None is not shown.
+
+    Ray sends a value to the agent once, and that forgets it after two reports without one: a thread
+    sets each again and again, or a slow step would look like a run that has ended.
+    """
+
+    def __init__(self, gauges: Mapping[str, Gauge]) -> None:
+        self._gauges = gauges
+        self._values: dict[tuple[str, tuple[tuple[str, str], ...]], float | None] = {}
+        self._changing = threading.Lock()
+        self._closed = threading.Event()
+        threading.Thread(target=self._repeat, name="gauges", daemon=True).start()
+
+    def set(self, figures: Mapping[str, float | None], **tags: str) -> None:
+        with self._changing:
+            for figure, value in figures.items():
+                self._values[figure, tuple(tags.items())] = value
+                self._gauges[figure].set(value, tags)
+
+    def close(self) -> None:
+        """Show nothing any more."""
+        self._closed.set()
+
+    def _repeat(self) -> None:
+        while not self._closed.wait(REPEAT_S):
+            with self._changing:
+                for (figure, tags), value in self._values.items():
+                    self._gauges[figure].set(value, dict(tags))
 
 
 class TrainMetrics:
@@ -81,10 +122,12 @@ class TrainMetrics:
     def __init__(self, run: str, tensorboard: str | None = None, step: int = 0) -> None:
         self.run = {"run": run}
         tag = tuple(self.run)
-        self.gauges = {
-            figure: Gauge(f"rayrm_train_{figure}", meaning, tag)
-            for figure, meaning in {**STEP, **EVALUATION}.items()
-        }
+        self.gauges = Gauges(
+            {
+                figure: Gauge(f"rayrm_train_{figure}", meaning, tag)
+                for figure, meaning in {**STEP, **EVALUATION}.items()
+            }
+        )
         self.tokens = Counter("rayrm_train_tokens", "Tokens computed by all workers", tag)
         self.checkpoint_seconds = Histogram(
             "rayrm_train_checkpoint_seconds",
@@ -120,12 +163,13 @@ class TrainMetrics:
             self.events.add_scalar("train/checkpoint_seconds", seconds, step)
 
     def close(self) -> None:
+        self.gauges.close()
         if self.events:
             self.events.close()
 
     def _show(self, section: str, figures: Mapping[str, float | None], step: int) -> None:
+        self.gauges.set(figures, **self.run)
         for figure, value in figures.items():
-            self.gauges[figure].set(value, self.run)
             if self.events and value is not None:
                 self.events.add_scalar(f"{section}/{figure.removeprefix('eval_')}", value, step)
 
@@ -142,10 +186,6 @@ class ServeMetrics:
         self.tokens_unshared = Counter(
             "rayrm_serve_tokens_unshared", "Tokens of the same rows, each row by itself"
         )
-        self.waiting_tokens = Gauge(
-            "rayrm_serve_waiting_tokens",
-            "Tokens of rows that callers wait for: held back, queued or being computed",
-        )
         self.latency = Histogram(
             "rayrm_serve_latency_seconds",
             "Seconds from a request's arrival to its answer",
@@ -154,11 +194,6 @@ class ServeMetrics:
         self.errors = Counter(
             "rayrm_serve_errors", "Rows without a reward, by the error's type", ("kind",)
         )
-        tags: Any = ("reward", "version")  # Ray's type says a tuple of one
-        self.versions = {
-            figure: Gauge(f"rayrm_serve_{figure}", meaning, tags)
-            for figure, meaning in {**VERSION, **DRIFT}.items()
-        }
         self.refusals = Counter(
             "rayrm_serve_refusals", "Requests sent back to be sent again, by reason", ("kind",)
         )
@@ -168,10 +203,15 @@ class ServeMetrics:
         self.unshadowed = Counter(
             "rayrm_serve_unshadowed_rows", "Rows that a version in the shadow had no time to score"
         )
-        self.differences = {
-            figure: Gauge(f"rayrm_serve_shadow_{figure}", meaning)
-            for figure, meaning in SHADOW.items()
-        }
+        of_version: Any = ("reward", "version")  # Ray's type says a tuple of one
+        self.gauges = Gauges(
+            {
+                figure: Gauge(f"rayrm_serve_{figure}", meaning, tags)
+                for tags, figures in ((None, {**QUEUE, **SHADOW}), (of_version, VERSION | DRIFT))
+                for figure, meaning in figures.items()
+            }
+        )
+        self._shadow: Trial | None = None
         self._found = 0
         self._waiting = 0
         self._latest: dict[tuple[str, str], Latest] = {}
@@ -197,7 +237,7 @@ class ServeMetrics:
         unshared: what they would be with every row by itself.
         """
         self._waiting += tokens
-        self.waiting_tokens.set(self._waiting)
+        self.gauges.set({"waiting_tokens": self._waiting})
         try:
             yield
             if tokens:  # a counter refuses 0
@@ -205,7 +245,7 @@ class ServeMetrics:
                 self.tokens_unshared.inc(unshared)
         finally:
             self._waiting -= tokens
-            self.waiting_tokens.set(self._waiting)
+            self.gauges.set({"waiting_tokens": self._waiting})
 
     def refused(self, refusal: Exception) -> None:
         self.refusals.inc(1, {"kind": type(refusal).__name__})
@@ -218,21 +258,26 @@ class ServeMetrics:
 
     def compared(self, difference: Difference) -> None:
         """Tell how the rewards of a version in the shadow differ; what cannot be told is not."""
-        for figure, gauge in self.differences.items():
-            if not np.isnan(value := getattr(difference, figure)):
-                gauge.set(value)
+        told = {figure: getattr(difference, figure.removeprefix("shadow_")) for figure in SHADOW}
+        self.gauges.set({k: None if np.isnan(v) else v for k, v in told.items()})
 
-    def holds(self, models: Iterable[RewardModel], current: RewardModel) -> None:
+    def holds(
+        self, models: Iterable[RewardModel], current: RewardModel, shadow: Trial | None
+    ) -> None:
         """Tell which versions of each reward are held, and which one answers."""
         answering = {(name, of.version) for name, of in current.rewards.items()}
         held = {(name, of.version): of.export for m in models for name, of in m.rewards.items()}
         for which, export in held.items():
-            self._tell(which, current=float(which in answering))
-            if export and export.reward_mean is not None and export.reward_std is not None:
-                self._tell(which, held_out_mean=export.reward_mean, held_out_std=export.reward_std)
+            self._tell(which, {"current": float(which in answering)})
+            if export:
+                means = {"held_out_mean": export.reward_mean, "held_out_std": export.reward_std}
+                self._tell(which, means)
         for which in self._latest.keys() - held.keys():
-            self._tell(which, **dict.fromkeys(self.versions, float("nan")))  # is shown no more
+            self._tell(which, dict.fromkeys(VERSION | DRIFT))
         self._latest = {which: self._latest.get(which) or Latest() for which in held}
+        if shadow != self._shadow:
+            self.gauges.set(dict.fromkeys(SHADOW))
+        self._shadow = shadow
 
     def scored(self, reward: str, rewards: Rewards, chunk: Chunk) -> None:
         """Tell of a chunk's rewards of that name."""
@@ -244,9 +289,7 @@ class ServeMetrics:
             responses = chunk.responses
             latest.add(rewards.values[rows], responses.tokens[rows], responses.hashes[rows])
             if drift := latest.drift():
-                self._tell(which, **asdict(drift))
+                self._tell(which, asdict(drift))
 
-    def _tell(self, which: tuple[str, str], **figures: float) -> None:
-        reward, version = which
-        for figure, value in figures.items():
-            self.versions[figure].set(value, {"reward": reward, "version": version})
+    def _tell(self, which: tuple[str, str], figures: Mapping[str, float | None]) -> None:
+        self.gauges.set(figures, reward=which[0], version=which[1])

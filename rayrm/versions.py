@@ -128,7 +128,8 @@ class Models:
 
     A model is held by what steps are pinned to: its version and those of its adapters. load makes
     a model of a config, ready to score; it runs beside the current model. tell is told what is
-    held, and which of it is current, whenever that was compared with what is wanted.
+    held, which of it is current, and what is in the shadow, whenever that was compared with what is
+    wanted.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class Models:
         app: str,
         config: ServeConfig,
         load: Callable[[ServeConfig], RewardModel],
-        tell: Callable[[Collection[RewardModel], RewardModel], None],
+        tell: Callable[[Collection[RewardModel], RewardModel, Trial | None], None],
     ) -> None:
         self.app = app
         self.config = config
@@ -149,7 +150,7 @@ class Models:
         self._wake = threading.Event()
         self.shadow: Trial | None = None
         self.current = self._start()
-        self.tell(self.held.values(), self.held[self.current])
+        self.tell(self.held.values(), self.held[self.current], self.shadow)
         threading.Thread(target=self._follow, name="follow", daemon=True).start()
 
     async def get(self, version: str) -> RewardModel:
@@ -182,7 +183,7 @@ class Models:
                     del self.held[version]
                     logger.info(f"dropped version={version}")
             self.failed = {v: why for v, why in self.failed.items() if v in versions}
-            self.tell(self.held.values(), self.held[self.current])
+            self.tell(self.held.values(), self.held[self.current], self.shadow)
 
     def _obtain(self, version: str) -> None:
         """Hold what is wanted though nobody told this replica yet; what is not wanted is gone."""

@@ -41,6 +41,7 @@ def cluster() -> Iterator[None]:
     """One small local Ray cluster for the whole session, whose workers can import the tests."""
     here = Path(__file__).parent
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (here.parent, here)))
+    os.environ["RAY_metrics_report_interval_ms"] = "1000"  # noqa: SIM112 Ray reads it so; 10000 by default
     ray.init(
         "local",
         num_cpus=8,
@@ -48,7 +49,6 @@ def cluster() -> Iterator[None]:
         log_to_driver=False,
         logging_level=logging.ERROR,
         object_store_memory=256 * 2**20,
-        _system_config={"metrics_report_interval_ms": 1000},  # by default ten times that
     )
     yield
     ray.shutdown()

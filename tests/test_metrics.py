@@ -32,6 +32,9 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 Samples = dict[str, float]
 
+# Longer than Ray's agent remembers what it was told once; by default that is ten times as long.
+REMEMBERED_S = 5
+
 
 def scrape(*tag: str) -> Samples:
     """What the node tells of rayrm under the tag (key, value)."""
@@ -152,6 +155,8 @@ def test_what_a_replica_answers_is_scraped_and_moves(
     values = np.append(values, second.values)
     assert moved["serve_reward_mean"] == approx(values.mean(), abs=1e-6)
     assert moved["serve_errors_total EmptyResponse"] == 1
+    time.sleep(REMEMBERED_S)
+    assert scrape(*tag) == moved, "all is shown while nothing happens"
 
 
 def test_what_a_version_tells_ends_with_it(
@@ -186,6 +191,18 @@ def test_the_rewards_of_equal_rows_count_as_often_as_they_were_asked_for(
     mean = scored.values.mean(dtype=np.float64)
     samples = wait_for("serve_reward_mean", approx(mean, abs=1e-6), "application", "metered")
     assert samples["serve_repeated_responses"] == 0.5
+
+
+def test_figures_are_shown_while_nothing_happens_and_until_the_run_ends(cluster: None) -> None:
+    run, steps = TrainMetrics("slow"), dict.fromkeys(STEP, 0.5)
+    run.step(steps | {"step": 3, "tokens": 10, "tokens_unshared": 20, "seconds": 2.0})
+    run.evaluation(dict.fromkeys(EVALUATION, 0.25) | {"step": 3})
+    told = wait_for("train_step", 3, "run", "slow")
+    assert {f"train_{figure}" for figure in (*STEP, *EVALUATION)} < told.keys()
+    time.sleep(REMEMBERED_S)
+    assert scrape("run", "slow") == told
+    run.close()
+    until(lambda: scrape("run", "slow").keys() == {"train_tokens_total"})
 
 
 def test_a_request_that_fails_is_counted_as_an_error_of_its_rows(cluster: None) -> None:

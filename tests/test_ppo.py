@@ -115,6 +115,12 @@ def test_prompts_are_what_the_reward_model_was_trained_on(
     assert rewards.values == pytest.approx(expected.values, abs=1e-5)
 
 
+def test_log_probabilities_are_at_the_temperature() -> None:
+    logits, tokens = 4 * torch.randn(2, 3, 5), torch.randint(5, (2, 3))
+    expected = (logits / 0.7).softmax(-1).gather(2, tokens[..., None])[..., 0].log()
+    assert torch.allclose(log_probs(logits, tokens, 0.7), expected, atol=1e-5)
+
+
 def test_log_probabilities_are_of_the_tokens_as_they_were_sampled(
     settings: Settings, worker: RolloutWorker, sampled: Rollout
 ) -> None:

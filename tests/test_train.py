@@ -126,7 +126,7 @@ def test_the_head_trains_in_fp32_under_bf16_in_every_stage(
 ) -> None:
     config = configure(base, data, tmp_path, train={"dtype": "bfloat16"}, cluster={"workers": 2})
     for found in run_every_stage(config).values():
-        head = torch.from_numpy(found["head"])
+        head = torch.tensor(found["head"])
         assert head.dtype == torch.float32
         assert not torch.equal(head, head.bfloat16().float())
 

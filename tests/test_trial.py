@@ -18,9 +18,11 @@ from rayrm.client import RewardClient
 from rayrm.config import ServeConfig
 from rayrm.engine import RewardModel, Rewards
 from rayrm.errors import ConfigError, ServiceError
+from rayrm.metrics import SHADOW
 from rayrm.serve import Replica, compare, deploy, promote, rollback, try_out
 from rayrm.shadow import Comparison, Difference, disagreement, merge, rank_correlation
 from rayrm.versions import Record, Served, Trial, read_record
+from tests.test_metrics import REMEMBERED_S, scrape
 from tests.test_serve import assert_same, before_each_pack, stats, texts, until
 
 APP = "trial"
@@ -122,7 +124,11 @@ def test_a_shadow_answers_nobody_and_tells_how_it_differs(
     assert found.mean_shift == pytest.approx(expected.mean_shift, abs=1e-4)
     assert (found.pairs, found.disagreement) == (expected.pairs, expected.disagreement)
     assert "over 160 rows: mean shift" in run("--compare", APP)
+    time.sleep(REMEMBERED_S)
+    figures = {f"serve_{figure}" for figure in SHADOW}
+    assert figures <= scrape("application", APP).keys()
     assert f"serves {old.version} again" in run("--rollback", APP)
+    until(lambda: not figures & scrape("application", APP).keys())
     score(0)
     until(lambda: all(replica["versions"] == [old.version] for replica in stats(APP)))
 
