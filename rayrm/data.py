@@ -36,7 +36,7 @@ from typing import Any, Literal
 from rayrm.errors import DataError
 from rayrm.sources import open_sources
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Text = str | list[Message]
 
 _JUDGED_COLUMNS = {"chosen", "rejected", "responses", "ranks", "scores"}

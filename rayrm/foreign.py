@@ -109,7 +109,7 @@ def _assumed_of_rows(template: Template, config: PretrainedConfig) -> list[str]:
         raise ModelError(f"the tokenizer cannot build a row of a prompt and a response: {row}")
     last = template.tokenizer.convert_ids_to_tokens(int(row[-1]))
     if template.spec.format == "chat":
-        rendered, kept = template.closing
+        rendered, kept = template.chat.closing
         assumed = [f"rows follow the tokenizer's chat template and end in {kept!r}"]
         if kept != rendered:
             assumed.append(

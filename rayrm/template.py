@@ -1,8 +1,8 @@
 """Text → token ids, one way for training, evaluation and serving.
 
-Chat format: the tokenizer's own template renders prompt and response, and the row ends with the
-end-of-turn token. Text format: prompt, separator, response, EOS. Also: which token pads, what a
-tokenizer's fingerprint is, and how an over-long row is cut. Knows nothing of groups or models.
+Chat format: the chat template's text of prompt and response, which ends in the end of turn
+(rendering.py). Text format: prompt, separator, response, EOS. Also: which token pads, and how an
+over-long row is cut. Knows nothing of groups or models.
 """
 
 from __future__ import annotations
@@ -11,35 +11,31 @@ import hashlib
 import json
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import numpy as np
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from rayrm.data import Message, Text
-from rayrm.errors import (
-    EmptyResponse,
-    InvalidRow,
-    InvalidTokenIds,
-    ModelError,
-    RowError,
-    RowTooLong,
-)
+from rayrm.dropped import THOUGHT_KEYS
+from rayrm.errors import EmptyResponse, InvalidRow, InvalidTokenIds, RowError, RowTooLong
 from rayrm.packing import Ids, common_prefix
+from rayrm.rendering import PROMPT, RESPONSE, ChatTemplate, Rule, Thoughts, eos, pad_of
+from rayrm.sampled import Ends
 
 Tokens = Sequence[int] | NDArray[np.integer]
+Tools = Sequence[Mapping[str, Any]]
 Overlong = Literal["error", "truncate"]
 
 # Characters that a normalizer makes one of, at most: NFC composes up to four.
 COMPOSED = 4
 
-# Stands for a prompt where only what a template writes behind it is wanted.
-_MARK = "PROMPT"
+# Roles of what is said to the model before the first turn.
+_SYSTEM = ("system", "developer")
 
 # What other models' chat templates put around turns: ChatML and Llama 3, DeepSeek, Gemma, Mistral.
 _TURN_MARKS = re.compile(
@@ -51,11 +47,13 @@ class Row(NamedTuple):
     """One prompt and one response, both text, both messages (or text), or both token ids.
 
     An unfinished response was cut at the sampler's token limit: it is never closed with an end.
+    tools: what the prompt says can be called, as JSON schemas, for the chat template.
     """
 
     prompt: Text | Tokens
     response: Text | Tokens
     finished: bool = True
+    tools: Tools | None = None
 
 
 @dataclass(frozen=True)
@@ -63,12 +61,18 @@ class TemplateSpec:
     """What must be the same in training and serving; stored in the export.
 
     fingerprint is that of the tokenizer as its makers published it, before a pad token was added.
+    rule: how a chat row is composed (rendering.py). thoughts "drop": a response is judged without
+    the thought that it begins with. ends: tokens besides the tokenizer's own that end a text for
+    the base model.
     """
 
     format: Literal["chat", "text"]
     separator: str
     max_length: int
     fingerprint: str
+    rule: Rule = "template"
+    thoughts: Thoughts = "keep"
+    ends: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,32 +87,43 @@ class Template:
 
         Text of more than most_characters is RowTooLong untokenised, since that takes time without
         bound. It cannot lose the left of its prompt either: how a tail's ids stand in the whole,
-        only the ids of the whole tell.
+        only the ids of the whole tell. What the chat template would drop of a row is InvalidRow.
         """
-        composed = [self._compose(row) for row in rows]
-        texts = [text for parts in composed if isinstance(parts, list) for text in parts]
-        ids = iter(self._tokenize(texts))
-        return [
-            self._join(row, [next(ids) for _ in parts]) if isinstance(parts, list) else parts
-            for row, parts in zip(rows, composed, strict=True)
-        ]
+        asked: set[object] = set()
+        return self._encode([self._compose(row, asked) for row in rows], rows)
 
     def fit(self, row: Row, ids: Ids, overlong: Overlong) -> tuple[Ids | RowError, bool]:
-        """The row's ids within max_length and whether its prompt was cut.
+        """The row's ids within max_length and whether its prompt was cut: fit_alike of one row."""
+        fitted, cut = self.fit_alike([row], [ids], overlong)
+        return fitted[0], cut
 
-        Only the prompt's left is ever cut; a response that alone is too long is an error.
+    def fit_alike(
+        self, rows: Sequence[Row], ids: Sequence[Ids], overlong: Overlong
+    ) -> tuple[list[Ids | RowError], bool]:
+        """Ids within max_length of rows that have one prompt, cut alike, and whether it was cut.
+
+        Only a prompt's left is ever cut: whole turns first, then the text of the turn that is left.
+        What begins a text, the system message and that turn's header stay. A row that does not fit
+        with any of its prompt is RowTooLong; the others are cut as the longest of them needs.
         """
-        excess = len(ids) - self.spec.max_length
-        if excess <= 0:
-            return ids, False
-        response = self.response_tokens(row, ids)
-        if overlong == "truncate" and excess < len(ids) - response:
-            return ids[excess:], True
-        return RowTooLong(
-            f"row has {len(ids)} tokens (response: {response}), the limit is "
-            f"{self.spec.max_length}: shorten it, raise max_length, or ask for its prompt to be "
-            'cut with overlong="truncate" (a response is never cut)'
-        ), False
+        longest = self.spec.max_length
+        if max(map(len, ids)) <= longest:
+            return list(ids), False
+        fitted: list[Ids | RowError] = list(ids)
+        if overlong == "error":
+            for i, (row, of) in enumerate(zip(rows, ids, strict=True)):
+                fitted[i] = of if len(of) <= longest else self._too_long(row, of)
+            return fitted, False
+        left = sorted(range(len(rows)), key=lambda i: -len(ids[i]))
+        while left and len(ids[left[0]]) > longest:
+            cut = self._cut([rows[i] for i in left], [ids[i] for i in left])
+            if cut is not None:
+                for i, of in zip(left, cut, strict=True):
+                    fitted[i] = of
+                return fitted, True
+            first = left.pop(0)
+            fitted[first] = self._too_long(rows[first], ids[first])
+        return fitted, False
 
     def response_tokens(self, row: Row, ids: Ids) -> int:
         """Tokens of the response with its end, as they stand at the end of the row's ids.
@@ -123,7 +138,7 @@ class Template:
         else:
             assert _is_messages(row.response)
             first, *rest = row.response
-            other = [{**first, "content": _other_text(first["content"])}, *rest]
+            other = [{**first, "content": _other_text(first.get("content") or "")}, *rest]
         row = row._replace(response=other)
         ids_of_other = self._join(row, self._tokenize(self._texts(row)))
         return len(ids) - common_prefix([ids, ids_of_other])
@@ -131,146 +146,107 @@ class Template:
     def sampled_row(self, prompt: str, sampled: str) -> Row:
         """The row of a prompt and the text that was sampled to it, special tokens and all.
 
-        It is finished if the text ends in its end of turn (text format: EOS). A prompt that this
-        chat template has rendered already, with the start of the answer, is not rendered again:
-        that row is the ids of the whole conversation. Raises InvalidRow for a prompt that another
-        template has rendered and for lone surrogates, EmptyResponse where nothing was sampled,
-        RowTooLong as encode does.
+        Padding on either side is left out, and the row is finished if the text ends in its end of
+        turn (text format: EOS) or another end of the model. A prompt that this chat template has
+        rendered already, with the start of the answer, is not rendered again: that row is the ids
+        of the whole conversation. Raises InvalidRow for a prompt that another template has rendered
+        and for lone surrogates, EmptyResponse where nothing was sampled, RowTooLong as encode does.
         """
         check_row(Row(prompt, sampled))
+        ends = self._ends
+        prompt = ends.without_left_pads(prompt, self.tokenizer.bos_token)
+        content, finished = ends.split(sampled)
         if self.spec.format == "text":
-            return Row(prompt, sampled, sampled.endswith(_eos(self.tokenizer)))
-        if not self.opening.strip():
+            return Row(prompt, content, finished)
+        opening = self.chat.opening
+        if not opening.strip():
             raise InvalidRow(
                 "this model's chat template does not mark where an answer starts, so a rendered "
                 "prompt cannot be told from a plain one: send prompt and response"
             )
-        finished = self._kept_end(sampled) > 0
-        if self.opening not in prompt:
-            marks = [t for t in self._special_tokens if t in prompt]
+        if opening not in prompt:
+            marks = [t for t in self.chat.special_tokens if t in prompt]
             if marks or (marks := _TURN_MARKS.findall(prompt)):
                 raise InvalidRow(
-                    f"the prompt holds {marks[0]!r}, but not {self.opening!r}, with which this "
+                    f"the prompt holds {marks[0]!r}, but not {opening!r}, with which this "
                     "model's chat template starts an answer: it was rendered by another template, "
                     "send its text or messages"
                 )
-            return Row(prompt, sampled, finished)
-        before, _, prefill = prompt.rpartition(self.opening)
-        # The answer's turn as in training: a template may write more than it starts an answer with.
-        (turn,) = self._compose_chat(Row(_MARK, prefill + sampled, finished))
-        text = before + turn.partition(_MARK)[2]
+            return Row(prompt, content, finished)
+        before, _, prefill = prompt.rpartition(opening)
+        answer = [_turn("user", PROMPT), _turn("assistant", prefill + content)]
+        if finished and self.spec.rule == "template":
+            # The answer's turn as in training: a template may write more than it starts one with.
+            self._refuse_dropped(answer, None, 1, True)
+            text = before + self._rendered(answer, None, True).partition(PROMPT)[2]
+        else:
+            judged = self.chat.judged(answer[-1], self.spec.thoughts)["content"]
+            end = self.chat.closing[1] if finished else ""
+            text = self.chat.join(before + opening, judged) + end
         self._check_length([max(prompt, text, key=len)])
         prompt_ids, ids = (np.array(x, np.int32) for x in self._tokenize([prompt, text]))
         n = common_prefix([np.append(prompt_ids, -1), ids])
         return Row(ids[:n], ids[n:], finished)
 
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        """The chat template, of specs with the chat format."""
+        return ChatTemplate(self.tokenizer, self.spec.ends)
+
     # chat ------------------------------------------------------------------------------------
 
-    @cached_property
-    def opening(self) -> str:
-        """What the chat template writes behind a prompt when an answer is to be sampled."""
-        rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
-        )
-        assert isinstance(rendered, str)
-        return rendered.partition(_MARK)[2]
-
-    @cached_property
-    def closing(self) -> tuple[str, str]:
-        """What the chat template writes behind a response, and the part of it that is kept."""
-        mark = "RESPONSE"
-        try:
-            rendered = self._render(
-                [{"role": "user", "content": "PROMPT"}, {"role": "assistant", "content": mark}]
-            )
-        except (TemplateError, ValueError, TypeError) as error:
-            raise ModelError(
-                f"the chat template cannot render a prompt and its response: {error}"
-            ) from None
-        closing = rendered[rendered.rindex(mark) + len(mark) :]
-        ends = [closing.rindex(t) + len(t) for t in self._special_tokens if t in closing]
-        if ends:
-            return closing, closing[: max(ends)]
-        return closing, closing.rstrip() + _eos(self.tokenizer)
-
-    def _kept_end(self, response: str) -> int:
-        """Characters of the end of turn that a sampler which keeps special tokens leaves behind."""
-        kept = self.closing[1]
-        backwards, n = response[::-1], 0
-        while end := self._end_backwards.match(backwards, n):
-            n = end.end()
-        return max(n, len(kept) if response.endswith(kept) else 0)
-
-    @cached_property
-    def _end_backwards(self) -> re.Pattern[str]:
-        """A token of the end of turn and what space follows it, read from right to left.
-
-        From the left, a search would begin anew at every token of a long run of them.
-        """
-        closing, kept = self.closing
-        ends = [t[::-1] for t in self._special_tokens if t in closing or t in kept]
-        return re.compile(rf"\s*({'|'.join(map(re.escape, ends))})")
-
-    @cached_property
-    def _special_tokens(self) -> list[str]:
-        added = self.tokenizer.added_tokens_decoder.values()
-        return sorted(
-            {t.content for t in added if t.special} | {*self.tokenizer.all_special_tokens}
-        )
-
-    def _render(self, messages: list[Message]) -> str:
-        # Of a message only these two: what a record or a caller adds must not change a reward.
-        bare = [{"role": m["role"], "content": m["content"]} for m in messages]
-        rendered = self.tokenizer.apply_chat_template(
-            bare, tokenize=False, add_generation_prompt=False
-        )
-        assert isinstance(rendered, str)
-        return rendered
-
-    def _compose_chat(self, row: Row) -> list[str]:
-        prompt, response = row.prompt, row.response
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}] if prompt else []
-        elif _is_empty(prompt):
-            prompt = []
-        if isinstance(response, str):
-            response = [{"role": "assistant", "content": response}]
-        assert _is_messages(prompt) and _is_messages(response)
-        closing, kept = self.closing
-        *before, final = response
-        if not prompt and not before:
+    def _conversation(self, row: Row) -> tuple[list[Message], int]:
+        """A row's messages, and the index of the response's first."""
+        prompt, response = _as_messages(row.prompt, "user"), _as_messages(row.response, "assistant")
+        if not response:
+            raise EmptyResponse("the response is empty: there is nothing to score")
+        if not prompt and len(response) == 1:
             raise InvalidRow(
                 "the row has no prompt to put into the chat template: give one, or train with "
                 "data.format: text"
             )
-        if final["role"] != "assistant":
-            raise InvalidRow(f"a response ends with an assistant message, got {final['role']!r}")
-        # A sampler that keeps special tokens hands over the end itself: it must not stand twice.
-        content = final["content"]
-        content = content[: len(content) - self._kept_end(content)]
-        if not content:
-            raise EmptyResponse("the response is empty: there is nothing to score")
-        try:
-            text = self._render([*prompt, *before, {"role": "assistant", "content": content}])
-        except (TemplateError, ValueError, TypeError) as error:
+        if response[-1]["role"] != "assistant":
+            role = response[-1]["role"]
+            raise InvalidRow(f"a response ends with an assistant message, got {role!r}")
+        return [*prompt, *response], len(prompt)
+
+    def _rendered(self, messages: list[Message], tools: Tools | None, finished: bool) -> str:
+        rule, thoughts = self.spec.rule, self.spec.thoughts
+        return self.chat.compose(messages, tools, finished=finished, rule=rule, thoughts=thoughts)
+
+    def _refuse_dropped(
+        self,
+        messages: list[Message],
+        tools: Tools | None,
+        judged: int,
+        finished: bool,
+        asked: bool = False,
+    ) -> None:
+        """Raises InvalidRow for a row of which the chat template drops something."""
+        dropped = self.chat.first_dropped(
+            messages,
+            tools,
+            judged=judged,
+            asked=asked,
+            finished=finished,
+            rule=self.spec.rule,
+            thoughts=self.spec.thoughts,
+        )
+        if dropped:
             raise InvalidRow(
-                f"the tokenizer's chat template refuses the messages: {error}"
-            ) from None
-        if not text.endswith(closing):
-            raise InvalidRow(
-                f"the chat template ends this conversation with {text[-20:]!r}, not {closing!r}"
+                f"the chat template drops {dropped}: a reward would not depend on it, so leave it "
+                "out, or use a template that renders it"
             )
-        return [text.removesuffix(closing) + (kept if row.finished else "")]
 
     # text ------------------------------------------------------------------------------------
 
     def _compose_text(self, row: Row) -> list[str]:
-        if not (isinstance(row.prompt, str) and isinstance(row.response, str)):
+        if not (isinstance(row.prompt, str) and isinstance(row.response, str)) or row.tools:
             raise InvalidRow(
-                "messages need a chat template and this model has none: give text, or train with "
-                "data.chat_template"
+                "messages and tools need a chat template and this model has none: give text, or "
+                "train with data.chat_template"
             )
-        response = row.response.removesuffix(_eos(self.tokenizer))
+        response, _ = self._ends.split(row.response)
         if not response:
             raise EmptyResponse("the response is empty: there is nothing to score")
         return [row.prompt, response]
@@ -292,20 +268,48 @@ class Template:
 
     # both ------------------------------------------------------------------------------------
 
-    def _compose(self, row: Row) -> list[str] | Ids | RowError:
-        """The texts to tokenise for a row, or its ids as given, or its error."""
+    def _compose(self, row: Row, asked: set[object]) -> list[str] | Ids | RowError:
+        """The texts to tokenise for a row, or its ids as given, or its error.
+
+        asked: prompts of which the chat template is known to drop nothing.
+        """
         try:
             check_row(row)
             if is_ids(row.response):
                 return self._check_ids(row)
             texts = self._texts(row)
             self._check_length(texts)
+            if self.spec.format == "chat":
+                messages, judged = self._conversation(row)
+                prompt = prompt_key(row.prompt, row.tools)
+                self._refuse_dropped(messages, row.tools, judged, row.finished, prompt in asked)
+                asked.add(prompt)
             return texts
         except RowError as error:
             return error
 
     def _texts(self, row: Row) -> list[str]:
-        return self._compose_chat(row) if self.spec.format == "chat" else self._compose_text(row)
+        if self.spec.format == "text":
+            return self._compose_text(row)
+        return [self._rendered(self._conversation(row)[0], row.tools, row.finished)]
+
+    def _encode(
+        self, composed: Sequence[list[str] | Ids | RowError], rows: Sequence[Row]
+    ) -> list[Ids | RowError]:
+        texts = [text for parts in composed if isinstance(parts, list) for text in parts]
+        ids = iter(self._tokenize(texts))
+        return [
+            self._join(row, [next(ids) for _ in parts]) if isinstance(parts, list) else parts
+            for row, parts in zip(rows, composed, strict=True)
+        ]
+
+    @cached_property
+    def _ends(self) -> Ends:
+        """What may stand behind a response and is not of it."""
+        if self.spec.format == "chat":
+            return self.chat.tokens
+        end = eos(self.tokenizer)
+        return Ends(end, (end,), frozenset(self.spec.ends) - {end}, pad_of(self.tokenizer))
 
     @cached_property
     def most_characters(self) -> int:
@@ -345,6 +349,90 @@ class Template:
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return ids
 
+    # length ----------------------------------------------------------------------------------
+
+    def _too_long(self, row: Row, ids: Ids) -> RowTooLong:
+        return RowTooLong(
+            f"row has {len(ids)} tokens (response: {self.response_tokens(row, ids)}), the limit is "
+            f"{self.spec.max_length}: shorten it, raise max_length, or ask for its prompt to be "
+            'cut with overlong="truncate" (a response is never cut)'
+        )
+
+    def _cut(self, rows: Sequence[Row], ids: Sequence[Ids]) -> list[Ids] | None:
+        """The rows with the most of their prompt with which the longest, the first, fits."""
+        if self.spec.format == "text" or is_ids(rows[0].response):
+            return self._cut_ids(rows, ids)
+        prompt = _as_messages(rows[0].prompt, "user")
+        system = next((i for i, m in enumerate(prompt) if m["role"] not in _SYSTEM), len(prompt))
+        kept, turns = prompt[:system], prompt[system:]
+        starts = [i for i, message in enumerate(turns) if message["role"] == turns[0]["role"]]
+        for start in starts[1:]:
+            cut = self._with_prompt(rows, [*kept, *turns[start:]])
+            if cut and self._excess(cut) <= 0:
+                return cut
+        if not starts:
+            return None
+        first, *rest = turns[starts[-1] :]
+        text, dropped = first.get("content") or "", 0
+        begins = self._begins(text)
+        cut = self._with_prompt(rows, [*kept, first, *rest])
+        while cut and (excess := self._excess(cut)) > 0:
+            dropped += excess
+            if dropped >= len(begins):
+                return None
+            left = {**first, "content": text[begins[dropped] :]}
+            cut = self._with_prompt(rows, [*kept, left, *rest])
+        return cut
+
+    def _with_prompt(self, rows: Sequence[Row], prompt: list[Message]) -> list[Ids] | None:
+        """The rows' ids with that prompt, None where the chat template refuses it."""
+        try:
+            rows = [row._replace(prompt=prompt) for row in rows]
+            return [self._join(row, self._tokenize(self._texts(row))) for row in rows]
+        except InvalidRow:
+            return None
+
+    def _excess(self, ids: Sequence[Ids]) -> int:
+        return max(map(len, ids)) - self.spec.max_length
+
+    def _begins(self, text: str) -> list[int]:
+        """Where in the text each of its tokens begins."""
+        if not self.tokenizer.is_fast:
+            return list(range(len(text)))
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return [start for start, _ in encoded["offset_mapping"]]
+
+    def _cut_ids(self, rows: Sequence[Row], ids: Sequence[Ids]) -> list[Ids] | None:
+        """As _cut, where turns can only be told by the ids of a user's header."""
+        longest, excess = ids[0], self._excess(ids)
+        prompt = len(longest) - self.response_tokens(rows[0], longest)
+        headers = self._headers(longest[:prompt])
+        begins = headers[0][0] if headers else int(self._begins_text(longest))
+        for start, _ in headers[1:]:
+            if start - begins >= excess:
+                return [np.concatenate([of[:begins], of[start:]]) for of in ids]
+        start, end = headers[-1] if headers else (begins, begins)
+        rest = end + excess - (start - begins)
+        if rest >= prompt:
+            return None
+        return [np.concatenate([of[:begins], of[start:end], of[rest:]]) for of in ids]
+
+    def _begins_text(self, ids: Ids) -> bool:
+        return self._adds_bos and len(ids) > 0 and int(ids[0]) == self.tokenizer.bos_token_id
+
+    def _headers(self, prompt: Ids) -> list[tuple[int, int]]:
+        """Where the user's turns begin, and where their headers end."""
+        if self.spec.format == "text" or not (header := self.chat.user_header):
+            return []
+        pattern, whole = (np.array(self._tokenize([t])[0]) for t in (header.rstrip(), header))
+        found = [
+            i
+            for i in range(len(prompt) - len(pattern) + 1)
+            if np.array_equal(prompt[i : i + len(pattern)], pattern)
+        ]
+        space = len(whole) - len(pattern)
+        return [(i, i + len(pattern) + space) for i in found]
+
 
 def check_row(row: Row) -> None:
     """Raises InvalidRow unless prompt and response are both ids, or text and messages.
@@ -353,11 +441,14 @@ def check_row(row: Row) -> None:
     """
     kinds = {_kind(value) for value in (row.prompt, row.response) if not _is_empty(value)}
     if "none" in kinds or ("ids" in kinds and len(kinds) > 1):
+        wrong = _wrong_key(row.prompt) or _wrong_key(row.response)
         raise InvalidRow(
             "prompt and response must both be text, messages "
             '({"role": …, "content": …} with text content) or token ids; '
-            f"got {_describe(row.prompt)} and {_describe(row.response)}"
+            f"got {wrong or f'{_describe(row.prompt)} and {_describe(row.response)}'}"
         )
+    if row.tools is not None and not (_is_objects(row.tools) and _is_json(row.tools)):
+        raise InvalidRow(f"tools must be a list of JSON schemas, got {_describe(row.tools)}")
 
 
 def _is_empty(value: object) -> bool:
@@ -381,9 +472,33 @@ def _kind(value: object) -> Literal["text", "messages", "ids", "none"]:
 
 def _is_messages(value: object) -> TypeGuard[Sequence[Message]]:
     return isinstance(value, list | tuple) and all(
-        isinstance(m, dict) and _is_text(m.get("role")) and _is_text(m.get("content"))
-        for m in value
+        isinstance(m, dict) and _is_text(m.get("role")) and not any(_wrong_keys(m)) for m in value
     )
+
+
+def _wrong_keys(message: Mapping[str, Any]) -> Iterator[str]:
+    """The keys of a message whose values no template could render as what they are."""
+    content, calls = message.get("content"), message.get("tool_calls")
+    if not _is_text(content) and not (content is None and calls):
+        yield "content"
+    if calls is not None and not _is_objects(calls):
+        yield "tool_calls"
+    for key in ("tool_call_id", "name", *THOUGHT_KEYS):
+        if message.get(key) is not None and not _is_text(message[key]):
+            yield key
+
+
+def _wrong_key(value: object) -> str | None:
+    """What of messages is of the wrong type, in words."""
+    if isinstance(value, list | tuple):
+        for i, message in enumerate(value):
+            for key in _wrong_keys(message) if isinstance(message, dict) else ():
+                return f"`{key}` of message {i + 1} as {reprlib.repr(message.get(key))}"
+    return None
+
+
+def _is_objects(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, dict) for item in value)
 
 
 def _is_json(value: object) -> bool:
@@ -410,13 +525,29 @@ def is_ids(value: object) -> bool:
     return _kind(value) == "ids"
 
 
+def _as_messages(value: Text | Tokens, role: str) -> list[Message]:
+    """Messages as they are given; text as one of that role, a prompt without text as none."""
+    if isinstance(value, str):
+        return [_turn(role, value)] if value or role == "assistant" else []
+    if _is_empty(value):
+        return []
+    assert _is_messages(value)
+    return list(value)
+
+
+def _turn(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
 def _other_text(text: str) -> str:
     """A text that begins differently, also where a template strips both."""
     return "B" if text.lstrip().startswith("A") else "A"
 
 
-def prompt_key(prompt: Text | Tokens) -> object:
+def prompt_key(prompt: Text | Tokens, tools: Tools | None = None) -> object:
     """Equal for equal prompts: rows with one key belong to one group."""
+    if tools:
+        return prompt_key(prompt), json.dumps(tools)
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, np.ndarray) or is_ids(prompt):
@@ -429,12 +560,6 @@ def _describe(value: object) -> str:
     return kind if kind != "none" else f"{type(value).__name__} {reprlib.repr(value)}"
 
 
-def _eos(tokenizer: PreTrainedTokenizerBase) -> str:
-    if not isinstance(tokenizer.eos_token, str):
-        raise ModelError("the tokenizer has no EOS token, so a finished response cannot be marked")
-    return tokenizer.eos_token
-
-
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """What makes token ids mean the same: sha256 over the vocabulary, id by id."""
     vocabulary = sorted((i, token) for token, i in tokenizer.get_vocab().items())
@@ -442,17 +567,17 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Give the tokenizer a pad token that never ends a row; True if it had to be added.
+    """Give the tokenizer a pad token that no row has; True if it had to be added.
 
     transformers pools the last id that is not pad, so pad = EOS pools one token early.
     """
-    template = tokenizer.chat_template or ""
+    written = _written(tokenizer)
     taken = {tokenizer.eos_token, tokenizer.bos_token}
     pad = tokenizer.pad_token
-    if pad and pad not in taken and pad not in template:
+    if pad and pad not in taken and pad not in written:
         return False
     special = [t.content for _, t in sorted(tokenizer.added_tokens_decoder.items()) if t.special]
-    free = [t for t in special if t not in taken and t not in template]
+    free = [t for t in special if t not in taken and t not in written]
     if not free:
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         return True
@@ -460,3 +585,14 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase) -> bool:
     unknown = [t for t in free if t == tokenizer.unk_token]
     tokenizer.pad_token = (named or unknown or free)[0]
     return False
+
+
+def _written(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template, and what it writes by putting tokens together ('<|' + role + '|>')."""
+    if not (template := tokenizer.chat_template):
+        return ""
+    chat = ChatTemplate(tokenizer)
+    try:
+        return template + chat.render([_turn("user", PROMPT), _turn("assistant", RESPONSE)])
+    except InvalidRow:  # whatever renders rows by it says so
+        return template

@@ -151,8 +151,10 @@ def text_template(
     return Template(tokenizer, TemplateSpec("text", separator, max_length, fingerprint(tokenizer)))
 
 
-def encode(template: Template, prompt: Any, response: Any, finished: bool = True) -> Ids:
-    (ids,) = template.encode([Row(prompt, response, finished)])
+def encode(
+    template: Template, prompt: Any, response: Any, finished: bool = True, tools: Any = None
+) -> Ids:
+    (ids,) = template.encode([Row(prompt, response, finished, tools)])
     assert isinstance(ids, np.ndarray), ids
     assert ids.dtype == np.int32
     return ids
@@ -357,7 +359,7 @@ def test_a_prompt_of_another_template_is_refused() -> None:
 
 def test_a_sampled_text_ends_in_eos_where_there_is_no_chat_template() -> None:
     rows = text_template()
-    assert rows.sampled_row("Hi", "Paris</s>") == Row("Hi", "Paris</s>", True)
+    assert rows.sampled_row("Hi", "Paris</s>") == Row("Hi", "Paris", True)
     assert rows.sampled_row("Hi", "Paris") == Row("Hi", "Paris", False)
 
 
@@ -530,6 +532,7 @@ def test_an_overlong_row_loses_its_prompt_from_the_left_and_never_its_response(
     row = Row("What is the capital of France?", "Paris, I think.", finished)
     ids = encode(chat, *row)
     end = STYLES[style][5] if finished else ""
+    before, _, after = text(chat, ids).partition(str(row.prompt))
     for length in range(len(ids) + 2, 0, -1):
         limited = Template(chat.tokenizer, replace(chat.spec, max_length=length))
         refused, cut = limited.fit(row, ids, "error")
@@ -539,15 +542,111 @@ def test_an_overlong_row_loses_its_prompt_from_the_left_and_never_its_response(
         if isinstance(kept, RowError):
             assert isinstance(kept, RowTooLong)
             assert str(length) in str(kept) and str(len(ids)) in str(kept)
-            # Refused only where the response and some prompt do not fit.
-            assert length <= len("Paris, I think.") + len(encode(chat, "Hi", "Paris" + end)) - len(
-                encode(chat, "Hi", "P", False)
+            # Refused only where all but the prompt's text leaves no room for any of it.
+            assert length <= len(ids) - len(str(row.prompt))
+        else:
+            assert min(length, len(ids)) - len(kept) in (0, 1)  # a template may trim a first space
+            whole = text(chat, kept)
+            assert whole.startswith(before) and whole.endswith(after), "header or response is cut"
+            assert str(row.prompt).endswith(whole[len(before) : len(whole) - len(after)])
+            assert whole.endswith("Paris, I think." + end)
+
+
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Name a fruit."},
+    {"role": "assistant", "content": "An apple."},
+    {"role": "user", "content": "And a colour?"},
+    {"role": "assistant", "content": "Red."},
+    {"role": "user", "content": "What is the capital of France?"},
+]
+
+
+@pytest.mark.parametrize("style", ["chatml", "llama3"])
+def test_turns_go_first_and_the_system_message_and_the_last_header_stay(style: str) -> None:
+    chat = template(style)
+    row = Row(CONVERSATION, "Paris.")
+    ids = encode(chat, *row)
+    shorter = [
+        encode(chat, [CONVERSATION[0], *CONVERSATION[start:]], "Paris.") for start in (1, 3, 5)
+    ]
+    system, _, question = text(chat, shorter[-1]).partition("What is")
+    for length in range(len(ids), 0, -1):
+        limited = Template(chat.tokenizer, replace(chat.spec, max_length=length))
+        kept, _ = limited.fit(row, ids, "truncate")
+        fits = [of for of in shorter if len(of) <= length]
+        if fits:
+            assert isinstance(kept, np.ndarray) and np.array_equal(kept, fits[0])
+        elif isinstance(kept, np.ndarray):
+            # Inside the last turn, and no more than needed; the template may trim a first space.
+            assert length - len(kept) in (0, 1)
+            assert text(chat, kept).startswith(system)
+            assert "What is the capital of France?".endswith(
+                text(chat, kept)[len(system) :].partition(question[-12:])[0].partition("?")[0] + "?"
             )
         else:
-            assert len(kept) == min(length, len(ids))
-            assert np.array_equal(kept, ids[-len(kept) :])
-            assert text(chat, kept).endswith("Paris, I think." + end)
-            assert len(text(chat, kept)) > len("Paris, I think." + end), "nothing of the prompt"
+            assert isinstance(kept, RowTooLong)
+
+
+def test_a_cut_conversation_begins_as_the_template_wants_it() -> None:
+    """Mistral's begins with a user's turn and refuses the others."""
+    chat = template("mistral")
+    row = Row(CONVERSATION[1:], "Paris.")
+    ids = encode(chat, *row)
+    limited = Template(chat.tokenizer, replace(chat.spec, max_length=len(ids) - 1))
+    kept, cut = limited.fit(row, ids, "truncate")
+    assert isinstance(kept, np.ndarray) and cut
+    assert np.array_equal(kept, encode(chat, CONVERSATION[3:], "Paris."))
+
+
+def test_rows_that_are_compared_lose_the_same_of_their_prompt() -> None:
+    chat = template("chatml")
+    rows = [Row(CONVERSATION, "Paris."), Row(CONVERSATION, "Paris, I am quite sure of that.")]
+    ids = [encode(chat, *row) for row in rows]
+    longest = len(encode(chat, [CONVERSATION[0], *CONVERSATION[3:]], "Paris.")) + 1
+    chat = template("chatml", max_length=longest)  # room for two turns beside the short response
+    fitted, cut = chat.fit_alike(rows, ids, "truncate")
+    assert cut and max(map(len, (of for of in fitted if isinstance(of, np.ndarray)))) <= longest
+    first, second = (text(chat, of) for of in fitted if isinstance(of, np.ndarray))
+    assert first.partition("Paris")[0] == second.partition("Paris")[0]
+    alone, _ = chat.fit(rows[0], ids[0], "truncate")
+    assert isinstance(alone, np.ndarray) and "And a colour?" in text(chat, alone)
+    assert "And a colour?" not in first, "its neighbour is longer"
+
+
+def test_rows_that_are_compared_do_not_lose_more_for_one_that_cannot_fit() -> None:
+    chat = template("chatml", max_length=80)
+    rows = [Row("Hi", "Paris"), Row("Hi", "Paris" * 20), Row("Hi", "Rome")]
+    fitted, _ = chat.fit_alike(rows, [encode(chat, *row) for row in rows], "truncate")
+    assert isinstance(fitted[1], RowTooLong)
+    assert np.array_equal(fitted[0], encode(chat, *rows[0]))
+    assert np.array_equal(fitted[2], encode(chat, *rows[2]))
+
+
+@pytest.mark.parametrize("style", ["chatml", "llama3"])
+def test_ids_are_cut_at_a_turn_and_keep_system_message_and_header(style: str) -> None:
+    chat = template(style)
+    whole = encode(chat, CONVERSATION, "Paris.")
+    n = chat.response_tokens(Row(CONVERSATION, "Paris."), whole)
+    row = Row(whole[:-n], whole[-n:])
+    for length in range(len(whole), n + 60, -1):
+        limited = Template(chat.tokenizer, replace(chat.spec, max_length=length))
+        by_messages, _ = limited.fit(Row(CONVERSATION, "Paris."), whole, "truncate")
+        by_ids, _ = limited.fit(row, whole, "truncate")
+        if isinstance(by_messages, np.ndarray):
+            assert isinstance(by_ids, np.ndarray)
+            assert text(chat, by_ids).split() == text(chat, by_messages).split()
+
+
+def test_what_begins_a_text_stays_when_its_prompt_is_cut() -> None:
+    rows = text_template(adds_bos=True, max_length=10)
+    for row in (
+        Row("abcdefgh", "Paris"),
+        Row(encode(rows, "abcdefgh", "Paris")[:-6], encode(rows, "", "Paris")[1:]),
+    ):
+        kept, cut = rows.fit(row, encode(rows, *row), "truncate")
+        assert isinstance(kept, np.ndarray) and cut and len(kept) == 10
+        assert text(rows, kept) == "<s>gh\nParis</s>"
 
 
 def test_an_overlong_text_row_keeps_its_response_and_end() -> None:
@@ -561,12 +660,14 @@ def test_an_overlong_text_row_keeps_its_response_and_end() -> None:
 
 
 def test_a_response_that_holds_its_own_end_is_not_taken_to_be_longer() -> None:
-    chat = template("chatml", max_length=8)
+    chat = template("chatml")
+    whole = encode(chat, "Hello", "Paris")
+    chat = template("chatml", max_length=len(whole) - 2)
     for response in ("Paris", "Paris<|im_end|>"):
-        row = Row("Hi", response)
+        row = Row("Hello", response)
         kept, cut = chat.fit(row, encode(chat, *row), "truncate")
         assert isinstance(kept, np.ndarray) and cut
-        assert text(chat, kept) == "t\nParis<|im_end|>"
+        assert np.array_equal(kept, encode(chat, "llo", "Paris"))
 
 
 def test_overlong_ids_keep_the_response_ids() -> None:
@@ -606,7 +707,7 @@ def test_a_text_that_cannot_fit_never_reaches_the_tokenizer(
 
     monkeypatch.setattr(Template, "_tokenize", counting)
     long = "ab " * 1_000_000
-    opening = template("chatml").opening
+    opening = template("chatml").chat.opening
     for rows in (template("chatml"), text_template()):
         for row in (Row(long, "Paris"), Row("Hi", long), Row("Hi", long, False)):
             (error,) = rows.encode([row])
@@ -622,14 +723,14 @@ def test_a_text_that_cannot_fit_never_reaches_the_tokenizer(
 
 def test_the_longest_text_that_is_tokenised_can_be_cut() -> None:
     """A template that strips a response may write more for the one that it is compared with."""
-    rows = template("llama3", max_length=20)
+    rows = template("llama3", max_length=40)
     for response in ("Paris", " ", " \n "):
         bare = len(rows._texts(Row("a", response))[0]) - 1
         row = Row("a" * (rows.most_characters - bare), response)
         (ids,) = rows.encode([row])
         assert isinstance(ids, np.ndarray)
         kept, cut = rows.fit(row, ids, "truncate")
-        assert isinstance(kept, np.ndarray) and cut and len(kept) == 20
+        assert isinstance(kept, np.ndarray) and cut and len(kept) == 40
         (error,) = rows.encode([row._replace(prompt=f"a{row.prompt}")])
         assert isinstance(error, RowTooLong)
 
@@ -679,7 +780,7 @@ def test_a_row_nested_to_python_s_limit_is_an_error_of_its_own() -> None:
 
 def test_a_sampled_text_with_a_lone_surrogate_is_refused() -> None:
     rows = template("chatml")
-    for prompt in ("Hi", "Hi" + rows.opening):
+    for prompt in ("Hi", "Hi" + rows.chat.opening):
         for row in ((prompt, "\ud83d"), ("\ud83d" + prompt, "Paris")):
             with pytest.raises(InvalidRow):
                 rows.sampled_row(*row)
