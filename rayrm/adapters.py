@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rayrm.config import OWN
 from rayrm.decoder import LowRank
 from rayrm.errors import ConfigError, ExportError
-from rayrm.export import ADAPTER, AdapterRecord, Export, hash_weights, read_adapter
+from rayrm.export import ADAPTER, AdapterRecord, Export, hash_weights, load_template, read_adapter
 from rayrm.model import DTYPES, RewardHead, RewardNet, load_base, load_config
 from rayrm.template import Template
 
@@ -81,8 +81,7 @@ def read_adapters(
 
 def _read(path: str | Path, max_length: int | None) -> Adapter:
     directory, export = read_adapter(path)
-    spec = replace(export.template, max_length=max_length or export.template.max_length)
-    return Adapter(directory, export, Template(AutoTokenizer.from_pretrained(directory), spec))
+    return Adapter(directory, export, load_template(directory, export, max_length))
 
 
 def _differences(own: Adapter, other: Adapter) -> list[str]:

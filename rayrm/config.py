@@ -86,6 +86,12 @@ class DataSection(Section):
     """Between prompt and response in the text format."""
     chat_template: str | None = None
     """A Jinja chat template to use (and export) instead of the tokenizer's."""
+    rule: Literal["auto", "template", "continue"] = "auto"
+    """Who writes a response into a chat row: the chat template, or nobody (the prompt is rendered
+    with its generation prompt and the response's own text follows). auto: continue where the
+    template rewrites answers, as Qwen3's and DeepSeek-R1's do; elsewhere both are the same."""
+    thoughts: Literal["keep", "drop"] = "keep"
+    """drop: judge a response without the <think>…</think> that it begins with."""
 
     @property
     def overlong_rows(self) -> Literal["truncate", "error"]:

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from numpy.typing import NDArray
 
 from rayrm.data import Group, data_fingerprint
 from rayrm.errors import DataError, EmptyResponse, RowError, RowTooLong
+from rayrm.fingerprints import fingerprint_of_text
 from rayrm.packing import Ids, TokenGroup
 from rayrm.template import Overlong, Row, Template
 
 # Part of the cache's key: goes up whenever the same groups would be encoded differently.
-ENCODING = 2
+ENCODING = 3
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,9 @@ def encode_groups(
     counted. Raises DataError where a row cannot be encoded at all, or nothing is left.
     """
     made_from = data_fingerprint(groups)
-    tokenizer = template.tokenizer
-    marks = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]
+    text_to_ids = fingerprint_of_text(template.tokenizer, datetime.now())
     choices = [[p.choice for p in group.preferences] for group in groups]
-    key = json.dumps([ENCODING, made_from, choices, asdict(template.spec), marks, overlong])
+    key = json.dumps([ENCODING, made_from, choices, asdict(template.spec), text_to_ids, overlong])
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rayrm" / "encoded"
     directory = cache / hashlib.sha256(key.encode()).hexdigest()[:32]
     if not directory.exists():

@@ -157,7 +157,7 @@ def _in_call(path: Path, call: Any, message: int, what: str) -> Iterator[Mark]:
 def _in_leaves(path: Path, value: Any, message: int, what: str) -> Iterator[Mark]:
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _in_leaves((*path, key), inner, message, what)
+            yield from _in_leaves((*path, key), inner, message, f"{what}.{key}")
     else:
         yield from _in_leaf(path, value, message, what)
 

@@ -34,7 +34,6 @@ from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from transformers import AutoTokenizer
 
 import rayrm
 from rayrm.callers import this_caller
@@ -49,6 +48,7 @@ from rayrm.errors import (
     ServiceError,
     VersionGone,
 )
+from rayrm.export import load_template
 from rayrm.foreign import open_model
 from rayrm.template import Row, Template, is_ids
 from rayrm.versions import read_record
@@ -274,9 +274,7 @@ class Endpoint:
         version = record.current.version if record else ""
         if version not in self._templates:
             directory, found = open_model(export)
-            longest = self.config.max_length or found.template.max_length
-            spec = replace(found.template, max_length=longest)
-            template = Template(AutoTokenizer.from_pretrained(directory), spec)
+            template = load_template(directory, found, self.config.max_length)
             self._templates = {version: template}
         return version, self._templates[version]
 

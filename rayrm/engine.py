@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, overload
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rayrm.adapters import Adapter, load_backbone, put_on, read_adapters
 from rayrm.config import OWN
@@ -31,7 +31,7 @@ from rayrm.errors import (
     RowError,
     UnknownReward,
 )
-from rayrm.export import Export
+from rayrm.export import Export, load_template
 from rayrm.foreign import open_model
 from rayrm.model import DTYPES, RewardNet, check_max_length, load_weights
 from rayrm.packing import Ids, Pack, TokenGroup, plan_packs, share_packs, split_group
@@ -143,11 +143,10 @@ class RewardModel:
             read = read_adapters(path, adapters, max_length)
             return cls._on_one_backbone(read, torch.device(device), dtype, make)
         directory, export = open_model(path)
-        spec = replace(export.template, max_length=max_length or export.template.max_length)
+        template = load_template(directory, export, max_length)
         kind = DTYPES[export.dtype if dtype == "auto" else dtype]
         weights = load_weights(directory, kind, torch.device(device))
-        check_max_length(spec.max_length, weights.config)
-        template = Template(AutoTokenizer.from_pretrained(directory), spec)
+        check_max_length(template.spec.max_length, weights.config)
         return make(RewardNet(weights), template, export=export)
 
     @classmethod
@@ -256,7 +255,8 @@ class RewardModel:
                 continue
             ids[i] = result
             # A cut row starts elsewhere: beside uncut ones it would leave them nothing to share.
-            family = i if self.deterministic else (prompt_key(row.prompt), bool(truncated[i]))
+            key = prompt_key(row.prompt, row.tools)
+            family = i if self.deterministic else (key, bool(truncated[i]))
             families.setdefault(family, []).append(i)
         owners = list(families.values())
         return Encoded(

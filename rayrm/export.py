@@ -12,19 +12,29 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
 from pyarrow import ArrowInvalid, fs
 from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers import AutoTokenizer
 
+from rayrm.clock import reads_clock, stop_clock
 from rayrm.errors import ExportError
-from rayrm.template import TemplateSpec
+from rayrm.fingerprints import SETTINGS, TEMPLATE, fingerprint_text, read_chat_template
+from rayrm.template import Template, TemplateSpec
 
-# 2: adapter.
-FORMAT_VERSION = 2
+# 2: adapter. 3: text_to_ids, and of the template rule, thoughts and ends.
+FORMAT_VERSION = 3
 RECORD = "rayrm.json"
+
+# Files that hold weights: large, and told apart by their size where they are far away.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 # The adapter by itself, in the format of peft, below a LoRA run's export.
 ADAPTER = "adapter"
@@ -48,7 +58,9 @@ class AdapterRecord(BaseModel):
 class Export(BaseModel):
     """The contents of rayrm.json.
 
-    adapter: of a LoRA run, what is in adapter/ besides the merged weights.
+    text_to_ids: hash of what the tokenizer's files make of text (fingerprints.py), taken from the
+    files whenever the export is read. adapter: of a LoRA run, what is in adapter/ besides the
+    merged weights.
     reward_mean and reward_std are over the held-out responses (None without held-out data);
     evaluation is summarize's dict; rounding: how far rewards moved when the weights were rounded to
     dtype and computed in it (mean_abs, max_abs over so many held-out rows); history holds the
@@ -63,6 +75,7 @@ class Export(BaseModel):
     dtype: Literal["bfloat16", "float32"]
     template: TemplateSpec
     weights_sha256: str
+    text_to_ids: str = ""
     adapter: AdapterRecord | None = None
     reward_mean: float | None = None
     reward_std: float | None = None
@@ -87,8 +100,24 @@ class Export(BaseModel):
             f"{self.adapter.backbone_sha256}{self.adapter.weights_sha256}{self.adapter.scale}"
         )
 
+    @property
+    def old_versions(self) -> set[str]:
+        """What format versions 1 and 2 called this export, and its adapter, by fewer of its parts.
+
+        A record that has one of them goes on: the weights are the same.
+        """
+        spec = asdict(self.template)
+        known = {k: spec[k] for k in ("format", "separator", "max_length", "fingerprint")}
+        weights = [self.weights_sha256]
+        if adapter := self.adapter:
+            weights.append(f"{adapter.backbone_sha256}{adapter.weights_sha256}{adapter.scale}")
+        return {self._hashed(of + self.dtype + json.dumps(known)) for of in weights}
+
     def _named(self, weights: str) -> str:
-        content = weights + self.dtype + json.dumps(self.template.__dict__)
+        template = json.dumps(asdict(self.template))
+        return self._hashed(weights + self.dtype + template + self.text_to_ids)
+
+    def _hashed(self, content: str) -> str:
         return f"{self.name}@{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
     def write(self, directory: Path) -> None:
@@ -119,7 +148,58 @@ def read_export(path: str | Path) -> tuple[Path, Export]:
             f"the weights in {directory} are not the ones {RECORD} records: sha256 {found[:12]}…, "
             f"recorded {export.weights_sha256[:12]}…"
         )
-    return directory, export
+    return directory, with_text_to_ids(directory, export)
+
+
+def read_identity(path: str) -> Export:
+    """The record of an export at a path or URI, with its version; reads no weights.
+
+    Raises ExportError.
+    """
+    directory = _fetch(path, merged=False) if "://" in path else Path(path)
+    return with_text_to_ids(directory, read_record(str(directory)))
+
+
+def load_template(directory: Path, export: Export, max_length: int | None = None) -> Template:
+    """How the rows of a reward model in a directory are built; max_length: instead of its own.
+
+    Raises ExportError where the tokenizer cannot be loaded.
+    """
+    spec = replace(export.template, max_length=max_length or export.template.max_length)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{directory} has no tokenizer that can be loaded: {error}") from None
+    if tokenizer.chat_template:
+        at = clock_of(directory, export.provenance)
+        tokenizer.chat_template = stop_clock(tokenizer.chat_template, at)
+    return Template(tokenizer, spec)
+
+
+def clock_of(directory: Path, provenance: Mapping[str, Any]) -> datetime:
+    """The day at which a chat template's clock is stopped: the export's, or else its files'."""
+    if created := provenance.get("created"):
+        moment = datetime.fromisoformat(created)
+    else:
+        files = [f for f in (directory / name for name in (TEMPLATE, *SETTINGS)) if f.exists()]
+        moment = datetime.fromtimestamp(files[0].stat().st_mtime if files else 0, UTC)
+    return moment.replace(hour=0, minute=0, second=0, microsecond=0)
+
+
+def with_text_to_ids(directory: Path, export: Export) -> Export:
+    """The record with the hash of what the tokenizer's files beside it make of text."""
+    at = clock_of(directory, export.provenance)
+    if reads_clock(read_chat_template(directory) or ""):
+        warnings.warn(
+            f"the chat template in {directory} reads the clock, on which no reward may depend: it "
+            f"is stopped at {at:%d %B %Y}, the date of its files",
+            stacklevel=4,
+        )
+    try:
+        found = fingerprint_text(directory, at)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"the tokenizer's files in {directory} are damaged: {error!r}") from None
+    return export.model_copy(update={"text_to_ids": found})
 
 
 def read_adapter(path: str | Path) -> tuple[Path, Export]:
@@ -141,7 +221,7 @@ def read_adapter(path: str | Path) -> tuple[Path, Export]:
             f"the adapter in {directory / ADAPTER} is not the one {RECORD} records: sha256 "
             f"{found[:12]}…, recorded {recorded[:12]}…"
         )
-    return directory, export
+    return directory, with_text_to_ids(directory, export)
 
 
 def read_record(path: str) -> Export:
@@ -236,31 +316,48 @@ directory as `AutoModelForSequenceClassification`; pass `dtype="float32"` to kee
 
 
 def _fetch(uri: str, *, merged: bool = True) -> Path:
-    """Copy a remote export into the user's cache, once per content; or all but merged weights."""
+    """Copy a remote export into the user's cache, once per content; or all but merged weights.
+
+    The record and the tokenizer's files are read each time: they may have changed beside weights
+    that have not.
+    """
     try:
         remote, path = fs.FileSystem.from_uri(uri)
     except ArrowInvalid as error:
         raise ExportError(f"no export at {uri}: {error}") from None
     if remote.get_file_info(f"{path}/{RECORD}").type == fs.FileType.NotFound:
         raise ExportError(f"no export at {uri}: looked for {RECORD} in it")
-    with remote.open_input_file(f"{path}/{RECORD}") as record:
-        content = hashlib.sha256(record.read()).hexdigest()[:16] + ("" if merged else "-adapter")
+    files = _files(remote, path)
+    small = {name: file for name, file in files.items() if not name.endswith(_WEIGHTS)}
+    read = {name: _read(remote, file) for name, file in small.items()}
+    large = [[name, files[name].size] for name in sorted(files.keys() - small.keys())]
+    digest = hashlib.sha256(json.dumps(large).encode())
+    for name in sorted(read):
+        digest.update(f"{name} {len(read[name])} ".encode() + read[name])
+    content = digest.hexdigest()[:16] + ("" if merged else "-adapter")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rayrm" / "exports"
     if not (cache / content).exists():
         cache.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=cache))
-        if merged:
-            fs.copy_files(path, str(partial), source_filesystem=remote)
-        else:
-            for file in remote.get_file_info(fs.FileSelector(path, recursive=True)):
-                inside = Path(file.path).relative_to(path)
-                merged_weights = inside.suffix == ".safetensors" and inside.parent == Path()
-                if not file.is_file or merged_weights:
-                    continue
-                (partial / inside).parent.mkdir(exist_ok=True)
-                fs.copy_files(file.path, str(partial / inside), source_filesystem=remote)
+        for name, file in files.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            if name in read:
+                (partial / name).write_bytes(read[name])
+            elif merged or "/" in name:
+                fs.copy_files(file.path, str(partial / name), source_filesystem=remote)
         _rename(partial, cache / content)
     return cache / content
+
+
+def _files(remote: fs.FileSystem, path: str) -> dict[str, fs.FileInfo]:
+    """The files of a remote directory, by their path inside it."""
+    found = remote.get_file_info(fs.FileSelector(path, recursive=True))
+    return {str(Path(f.path).relative_to(path)): f for f in found if f.is_file}
+
+
+def _read(remote: fs.FileSystem, file: fs.FileInfo) -> bytes:
+    with remote.open_input_file(file.path) as content:
+        return bytes(content.read())
 
 
 def publish(directory: Path, target: str) -> None:

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from rayrm.errors import ExportError, ModelError, RowError
-from rayrm.export import RECORD, Export, hash_weights, read_export
-from rayrm.model import IGNORED_WEIGHTS, load_config, longest_row, weight_files
+from rayrm.export import RECORD, Export, hash_weights, read_export, with_text_to_ids
+from rayrm.model import IGNORED_WEIGHTS, load_config, longest_row, read_ends, weight_files
 from rayrm.template import Row, Template, TemplateSpec, fingerprint
 
 _HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -78,7 +78,9 @@ def _assume(directory: Path, name: str) -> Export:
     tokenizer = _load_tokenizer(directory, config)
     form: Literal["chat", "text"] = "chat" if tokenizer.chat_template else "text"
     longest = longest_row(config)
-    spec = TemplateSpec(form, "\n", longest, fingerprint(tokenizer))
+    spec = TemplateSpec(
+        form, "\n", longest, fingerprint(tokenizer), ends=read_ends(str(directory), tokenizer)
+    )
     in_bf16 = all(dtype == "BF16" for key, (_, dtype) in shapes.items() if key[:6] != "score.")
     dtype: Literal["bfloat16", "float32"] = "bfloat16" if in_bf16 else "float32"
     export = Export(
@@ -87,6 +89,7 @@ def _assume(directory: Path, name: str) -> Export:
         template=spec,
         weights_sha256=hash_weights(directory),
     )
+    export = with_text_to_ids(directory, export)
     assumed = [
         *_assumed_of_rows(Template(tokenizer, spec), config),
         f"up to {longest} tokens, as the model has positions",
@@ -97,7 +100,7 @@ def _assume(directory: Path, name: str) -> Export:
     warnings.warn(
         f"{name} has no {RECORD}, so it is assumed that: {'; '.join(assumed)}. Rows built any "
         "other way can be sent as token ids, which are scored as they are. Version "
-        f"{export.version} is the hash of its weights.",
+        f"{export.version} is the hash of its weights and of what turns text into ids.",
         stacklevel=4,
     )
     return export

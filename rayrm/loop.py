@@ -43,8 +43,16 @@ from rayrm.evaluate import ScoredGroup, summarize
 from rayrm.lora import add_adapters, check_frozen, hash_frozen
 from rayrm.loss import Pairs, bradley_terry, plackett_luce
 from rayrm.metrics import TrainMetrics
-from rayrm.model import RewardNet, check_max_length, load_base, pack_tensors
+from rayrm.model import (
+    RewardNet,
+    check_max_length,
+    find_model,
+    load_base,
+    pack_tensors,
+    read_ends,
+)
 from rayrm.packing import Pack, share_packs
+from rayrm.rendering import ChatTemplate
 from rayrm.template import Template, TemplateSpec
 
 log = logging.getLogger(__name__)
@@ -304,7 +312,20 @@ def load_model(config: TrainConfig) -> tuple[PreTrainedModel, Template]:
         add_adapters(model, config.lora, config.train.seed)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    spec = TemplateSpec(form, config.data.separator, config.data.max_length, made_by)
+    ends = read_ends(find_model(config.model.path), tokenizer)
+    rule = config.data.rule
+    if rule == "auto":
+        rewrites = form == "chat" and ChatTemplate(tokenizer, ends).rewrites
+        rule = "continue" if rewrites else "template"
+    spec = TemplateSpec(
+        form,
+        config.data.separator,
+        config.data.max_length,
+        made_by,
+        rule,
+        config.data.thoughts,
+        ends,
+    )
     return model, Template(tokenizer, spec)
 
 

@@ -26,6 +26,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -171,6 +172,19 @@ def load_base(
         model.config.pad_token_id = tokenizer.pad_token_id
     model.score = _head(model, init="score.weight" in info["missing_keys"], seed=seed)
     return model, tokenizer, made_by
+
+
+def read_ends(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The tokens at which the model of a directory or hub name stops, but for the tokenizer's EOS.
+
+    Chat models have several: the end of a turn, and that of a text.
+    """
+    try:
+        ids = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # it has no such file
+        return ()
+    tokens = tokenizer.convert_ids_to_tokens([ids] if isinstance(ids, int) else ids or [])
+    return tuple(t for t in tokens if isinstance(t, str) and t != tokenizer.eos_token)
 
 
 def _check_complete(path: object, missing: set[str]) -> None:

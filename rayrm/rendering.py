@@ -33,7 +33,7 @@ PROMPT, RESPONSE = "PROMPT", "RESPONSE"
 KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", *THOUGHT_KEYS)
 
 # A thought that a response begins with; one that was cut off is all of the response.
-_OPEN = "<think>"
+_OPEN, _CLOSE = "<think>", "</think>"
 _THOUGHT = re.compile(r"\s*<think>.*?(</think>\s*|$)", re.DOTALL)
 
 # Answers as models give them, to see whether a template rewrites them.
@@ -75,7 +75,7 @@ class ChatTemplate:
         thoughts "drop": the last message is judged without its thought. Raises InvalidRow where the
         template refuses the messages, EmptyResponse where nothing is left to judge.
         """
-        final = self.judged(messages[-1], thoughts)
+        final = self.judged(messages[-1], thoughts, finished)
         content = final["content"]
         end = self.closing[1] if finished else ""
         if len(bare(final)) > 2:  # calls, or a thought by itself: only the template can write them
@@ -88,12 +88,13 @@ class ChatTemplate:
         head = self.render(messages[:-1], tools, answer=True)
         return body if self._as_sampled(body, head, content) else self.join(head, content)
 
-    def judged(self, final: Message, thoughts: Thoughts) -> Message:
+    def judged(self, final: Message, thoughts: Thoughts, finished: bool) -> Message:
         """The last message as it is judged: without the end that a sampler left behind it."""
         content, _ = self.tokens.split(final.get("content") or "")
         if thoughts == "drop":
             if _OPEN in self.opening and _OPEN not in content:
-                content = _OPEN + content  # which the generation prompt wrote
+                # The generation prompt wrote it; without its end all is thought, or nothing is.
+                content = _OPEN + content if _CLOSE in content or not finished else content
             if thought := _THOUGHT.match(content):
                 content = content[thought.end() :]
             final = {k: v for k, v in final.items() if k not in THOUGHT_KEYS}
@@ -103,7 +104,7 @@ class ChatTemplate:
                 if thoughts == "keep"
                 else "the response is empty, or no more than a thought, which is not judged"
             )
-        return {**final, "content": content or final.get("content") and ""}
+        return {**final, "content": content or (final.get("content") and "")}
 
     def join(self, head: str, content: str) -> str:
         """A rendered prompt and the answer that follows, whose <think> it may have written."""
@@ -130,7 +131,7 @@ class ChatTemplate:
 
         judged: index of the response's first message. asked: what comes before was asked about.
         """
-        final = bare(self.judged(messages[-1], thoughts))
+        final = bare(self.judged(messages[-1], thoughts, finished))
         given = [bare(m) for m in messages[:-1]]
         sampled = len(final) == 2 and (rule == "continue" or not finished)
         if not sampled:
@@ -180,6 +181,10 @@ class ChatTemplate:
             rendered = self.render([_message("user", PROMPT), _message("assistant", RESPONSE)])
         except InvalidRow as error:
             raise ModelError(f"no prompt and response can be rendered: {error}") from None
+        if RESPONSE not in rendered:
+            raise ModelError(
+                "the chat template drops what an assistant says: nothing can be scored"
+            )
         closing = rendered[rendered.rindex(RESPONSE) + len(RESPONSE) :]
         ends = [closing.rindex(t) + len(t) for t in self.special_tokens if t in closing]
         if ends:

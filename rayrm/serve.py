@@ -37,7 +37,7 @@ from rayrm.config import OWN, HttpSection, ServeConfig
 from rayrm.endpoint import Endpoint
 from rayrm.engine import Encoded, RewardModel, Rewards
 from rayrm.errors import ConfigError, Overloaded, ServiceError, VersionGone
-from rayrm.export import read_record as read_export_record
+from rayrm.export import read_identity
 from rayrm.foreign import open_model, pinned
 from rayrm.known import KnownRewards
 from rayrm.metrics import ServeMetrics
@@ -235,7 +235,7 @@ def locate_export(config: ServeConfig) -> tuple[ServeConfig, Served]:
     if config.adapters:
         return locate_adapters(config)
     if "://" in config.export:
-        export = read_export_record(config.export)
+        export = read_identity(config.export)
         return config, Served(export=config.export, version=export.version)
     directory, export = open_model(config.export)
     if config.max_length is not None:

@@ -180,7 +180,7 @@ class Template:
             self._refuse_dropped(answer, None, 1, True)
             text = before + self._rendered(answer, None, True).partition(PROMPT)[2]
         else:
-            judged = self.chat.judged(answer[-1], self.spec.thoughts)["content"]
+            judged = self.chat.judged(answer[-1], self.spec.thoughts, finished)["content"]
             end = self.chat.closing[1] if finished else ""
             text = self.chat.join(before + opening, judged) + end
         self._check_length([max(prompt, text, key=len)])
@@ -243,8 +243,8 @@ class Template:
     def _compose_text(self, row: Row) -> list[str]:
         if not (isinstance(row.prompt, str) and isinstance(row.response, str)) or row.tools:
             raise InvalidRow(
-                "messages and tools need a chat template and this model has none: give text, or "
-                "train with data.chat_template"
+                f"{'tools' if row.tools else 'messages'} need a chat template and this model has "
+                "none: give text, or train with data.chat_template"
             )
         response, _ = self._ends.split(row.response)
         if not response:

@@ -49,6 +49,7 @@ from rayrm.export import (
     hash_weights,
     publish,
     read_record,
+    with_text_to_ids,
     write_model_card,
 )
 from rayrm.loop import load_model, train_loop
@@ -251,6 +252,7 @@ def write_export(
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     )
+    export = with_text_to_ids(directory, export)
     export.write(directory)
     return export
 

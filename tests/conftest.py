@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rayrm.export import Export, hash_weights
+from rayrm.export import Export, hash_weights, with_text_to_ids
 from rayrm.model import DTYPES, load_base, quiet, save_weights
 from rayrm.template import TemplateSpec
 
@@ -151,5 +151,5 @@ def make_export(
     tokenizer.save_pretrained(export)
     spec = TemplateSpec("chat", "\n", 256, made_by)
     record = Export(name="tiny", dtype=dtype, template=spec, weights_sha256=hash_weights(export))
-    record.write(export)
+    with_text_to_ids(export, record).write(export)
     return export

@@ -316,9 +316,9 @@ def test_a_cut_prompt_is_scored_as_its_right_end(tiny_export: Path) -> None:
     (whole,) = model.template.encode([row])
     assert isinstance(whole, np.ndarray)
     cut = model.score([row.prompt], [row.response]).values
-    ids = model.score(
-        [whole[-32:-5]], [whole[-5:]], tokenizer=model.template.spec.fingerprint
-    ).values
+    kept, was_cut = model.template.fit(row, whole, "truncate")
+    assert isinstance(kept, np.ndarray) and was_cut and len(kept) == 32
+    ids = model.score([kept[:-5]], [kept[-5:]], tokenizer=model.template.spec.fingerprint).values
     assert close(cut, ids)
 
 

@@ -1,0 +1,116 @@
+"""What turns text into ids, in one hash over a tokenizer's files.
+
+Two tokenizers of one fingerprint give every text and conversation the same ids. How a batch is
+padded and truncated is not part of it, nor is a pad token: no row has one. Knows nothing of
+exports; what makes ids mean the same is template.fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rayrm.clock import stop_clock
+
+TOKENIZER = "tokenizer.json"
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TEMPLATE = "chat_template.jinja"
+
+# What a tokenizer without tokenizer.json is made from.
+_VOCABULARIES = ("*.model", "vocab.*", "merges.txt")
+
+# Settings of batches, of decoding, and of where the files came from.
+_UNRELATED = {
+    "backend",
+    "chat_template",  # hashed as it is rendered
+    "clean_up_tokenization_spaces",
+    "is_local",
+    "local_files_only",
+    "max_length",
+    "model_max_length",
+    "name_or_path",
+    "processor_class",
+    "special_tokens_map_file",
+    "stride",
+    "tokenizer_file",
+    "transformers_version",
+    "truncation_side",
+    "truncation_strategy",
+}
+
+
+def fingerprint_text(directory: Path, at: datetime) -> str:
+    """sha256 of a tokenizer's files as far as they turn text into ids.
+
+    at: the moment at which a chat template's clock is stopped, if it reads one.
+    """
+    settings: dict[str, Any] = {}
+    for name in SETTINGS:
+        if (file := directory / name).exists():
+            settings |= _read(file)
+    pad = _content(settings.get("pad_token"))
+    if added := settings.get("added_tokens_decoder"):
+        tokens = [{**token, "id": int(i)} for i, token in added.items()]
+        settings["added_tokens_decoder"] = _without_added_pad(tokens, pad)
+    template = read_chat_template(directory)
+    parts: list[Any] = [
+        {k: v for k, v in settings.items() if k not in _UNRELATED and not k.startswith("pad")},
+        template and stop_clock(template, at),
+    ]
+    if (file := directory / TOKENIZER).exists():
+        parts.append(_without_padding(_read(file), pad))
+    else:
+        files = sorted({f for pattern in _VOCABULARIES for f in directory.glob(pattern)})
+        parts += [[f.name, hashlib.sha256(f.read_bytes()).hexdigest()] for f in files]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint_of_text(tokenizer: PreTrainedTokenizerBase, at: datetime) -> str:
+    """As fingerprint_text, of a tokenizer in memory: of the files that it would be saved as."""
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        return fingerprint_text(Path(directory), at)
+
+
+def read_chat_template(directory: Path) -> str | None:
+    """The chat template in a tokenizer's files, None where there is none."""
+    if (file := directory / TEMPLATE).exists():
+        return file.read_text()
+    file = directory / SETTINGS[0]
+    template = _read(file).get("chat_template") if file.exists() else None
+    if isinstance(template, list):  # several by name, of which transformers takes this one
+        template = next((t["template"] for t in template if t["name"] == "default"), None)
+    return template
+
+
+def _without_padding(tokenizer: dict[str, Any], pad: str | None) -> dict[str, Any]:
+    """tokenizer.json less how batches are padded and with what."""
+    kept = {k: v for k, v in tokenizer.items() if k not in ("padding", "truncation")}
+    vocabulary = kept["model"].get("vocab")
+    if not (isinstance(vocabulary, dict) and pad in vocabulary):
+        kept["added_tokens"] = _without_added_pad(kept.get("added_tokens") or [], pad)
+    return kept
+
+
+def _without_added_pad(tokens: list[dict[str, Any]], pad: str | None) -> list[dict[str, Any]]:
+    """Added tokens less a pad token behind all others: it was added to train with."""
+    last = max((token["id"] for token in tokens), default=-1)
+    return [t for t in tokens if not (t["content"] == pad and t["id"] == last)]
+
+
+def _content(token: Any) -> str | None:
+    """The text of a special token, which files have as text or as an object."""
+    found = token.get("content") if isinstance(token, Mapping) else token
+    return found if isinstance(found, str) else None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    values = json.loads(file.read_bytes())
+    return values if isinstance(values, dict) else {}
