@@ -6,6 +6,7 @@ model loads. Imports neither torch nor Ray, so that --help is instant.
 
 from __future__ import annotations
 
+import datetime
 import difflib
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -86,6 +87,9 @@ class DataSection(Section):
     """Between prompt and response in the text format."""
     chat_template: str | None = None
     """A Jinja chat template to use (and export) instead of the tokenizer's."""
+    date: datetime.date | None = None
+    """The day that a chat template's clock shows (Llama 3's writes it into the system message); by
+    default that of the run's first start. The exported template has it in place of the clock."""
     rule: Literal["auto", "template", "continue"] = "auto"
     """Who writes a response into a chat row: the chat template, or nobody (the prompt is rendered
     with its generation prompt and the response's own text follows). auto: continue where the

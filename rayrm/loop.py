@@ -300,6 +300,7 @@ def load_model(config: TrainConfig) -> tuple[PreTrainedModel, Template]:
         seed=config.train.seed,
         dropout=config.model.dropout,
         chat_template=config.data.chat_template,
+        date=config.data.date,
         trust_remote_code=config.model.trust_remote_code,
     )
     form = config.data.format

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import date, datetime, time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 from rayrm import attention
 from rayrm.attention import Layout
+from rayrm.clock import stop_clock
 from rayrm.decoder import FAMILIES, Decoder
 from rayrm.errors import ConfigError, ModelError
 from rayrm.packing import Pack
@@ -133,13 +135,14 @@ def load_base(
     seed: int = 0,
     dropout: float = 0.0,
     chat_template: str | None = None,
+    date: date | None = None,
     trust_remote_code: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """A base model in dtype with an fp32 head, its tokenizer, and the tokenizer's fingerprint.
 
     A head that the checkpoint has is kept; a new one is drawn with std 1/√(width+1), by the seed.
-    chat_template replaces the tokenizer's.
+    chat_template replaces the tokenizer's; its clock, if it reads one, is stopped at date (today).
     path is a directory, a hub name, or DEFAULT_BASE. Raises ModelError.
     """
     directory = find_model(path, trust_remote_code)
@@ -147,6 +150,9 @@ def load_base(
     made_by = fingerprint(tokenizer)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
+    if tokenizer.chat_template:
+        day = datetime.combine(date or datetime.now().date(), time())
+        tokenizer.chat_template = stop_clock(tokenizer.chat_template, day)
     pad_added = set_pad_token(tokenizer)
     config = load_config(directory, dropout=dropout, trust_remote_code=trust_remote_code)
     # One that is to be added has no embedding yet.

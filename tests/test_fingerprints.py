@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from rayrm.engine import RewardModel
 from rayrm.errors import ExportError
 from rayrm.export import RECORD, Export, read_export, read_identity
 from rayrm.fingerprints import fingerprint_of_text, fingerprint_text
+from rayrm.model import load_base
 from rayrm.template import Row, Template, TemplateSpec, fingerprint
 from tests.conftest import CHATML, tiny_tokenizer
 
@@ -236,6 +237,12 @@ def test_encoded_data_is_not_read_for_another_tokenizer(
 # The clock ----------------------------------------------------------------------------------------
 
 
+class Tomorrow(datetime):
+    @classmethod
+    def now(cls, tz: Any = None) -> Tomorrow:
+        return cls(2031, 1, 2)
+
+
 def test_an_export_with_a_clock_is_fixed_to_its_files_date_and_says_so(
     tiny_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,11 +257,6 @@ def test_an_export_with_a_clock_is_fixed_to_its_files_date_and_says_so(
     assert model.template.tokenizer.decode(ids).startswith("04 Mar 2026")
     first = model.score(["q"], ["a"])
 
-    class Tomorrow(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> Tomorrow:
-            return cls(2031, 1, 2)
-
     monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
     with pytest.warns(UserWarning, match="stopped"):
         again = RewardModel.load(clocked, "cpu", "float32").score(["q"], ["a"])
@@ -262,3 +264,16 @@ def test_an_export_with_a_clock_is_fixed_to_its_files_date_and_says_so(
     os.utime(clocked / "chat_template.jinja", (day + 86400, day + 86400))
     with pytest.warns(UserWarning, match="05 March"):
         assert RewardModel.load(clocked, "cpu", "float32").version != model.version
+
+
+def test_a_clock_in_a_base_s_template_shows_the_day_that_the_run_was_started(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers, and what renders by it, gives the exported template's text on any day."""
+    clock = "Today is {{ strftime_now('%d %B %Y') }}.\n" + CHATML
+    _, made, _ = load_base(str(base), chat_template=clock, date=date(2026, 3, 4))
+    made.save_pretrained(tmp_path)
+    exported = AutoTokenizer.from_pretrained(tmp_path)
+    monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
+    text = exported.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert isinstance(text, str) and text.startswith("Today is 04 March 2026.\n<|im_start|>user")
