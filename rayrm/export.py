@@ -24,9 +24,9 @@ from pyarrow import ArrowInvalid, fs
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import AutoTokenizer
 
-from rayrm.clock import reads_clock, stop_clock
+from rayrm.clock import reads_clock, stop_clocks
 from rayrm.errors import ExportError
-from rayrm.fingerprints import SETTINGS, TEMPLATE, fingerprint_text, read_chat_template
+from rayrm.fingerprints import SETTINGS, TEMPLATE, fingerprint_text, read_chat_templates
 from rayrm.template import Template, TemplateSpec
 
 # 2: adapter. 3: text_to_ids, and of the template rule, thoughts and ends.
@@ -170,9 +170,7 @@ def load_template(directory: Path, export: Export, max_length: int | None = None
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise ExportError(f"{directory} has no tokenizer that can be loaded: {error}") from None
-    if tokenizer.chat_template:
-        at = clock_of(directory, export.provenance)
-        tokenizer.chat_template = stop_clock(tokenizer.chat_template, at)
+    stop_clocks(tokenizer, clock_of(directory, export.provenance))
     return Template(tokenizer, spec)
 
 
@@ -189,7 +187,7 @@ def clock_of(directory: Path, provenance: Mapping[str, Any]) -> datetime:
 def with_text_to_ids(directory: Path, export: Export) -> Export:
     """The record with the hash of what the tokenizer's files beside it make of text."""
     at = clock_of(directory, export.provenance)
-    if reads_clock(read_chat_template(directory) or ""):
+    if any(map(reads_clock, read_chat_templates(directory).values())):
         warnings.warn(
             f"the chat template in {directory} reads the clock, on which no reward may depend: it "
             f"is stopped at {at:%d %B %Y}, the date of its files",

@@ -59,10 +59,10 @@ def fingerprint_text(directory: Path, at: datetime) -> str:
     if added := settings.get("added_tokens_decoder"):
         tokens = [{**token, "id": int(i)} for i, token in added.items()]
         settings["added_tokens_decoder"] = _without_added_pad(tokens, pad)
-    template = read_chat_template(directory)
+    templates = read_chat_templates(directory)
     parts: list[Any] = [
         {k: v for k, v in settings.items() if k not in _UNRELATED and not k.startswith("pad")},
-        template and stop_clock(template, at),
+        {name: stop_clock(template, at) for name, template in templates.items()},
     ]
     if (file := directory / TOKENIZER).exists():
         parts.append(_without_padding(_read(file), pad))
@@ -79,15 +79,18 @@ def fingerprint_of_text(tokenizer: PreTrainedTokenizerBase, at: datetime) -> str
         return fingerprint_text(Path(directory), at)
 
 
-def read_chat_template(directory: Path) -> str | None:
-    """The chat template in a tokenizer's files, None where there is none."""
-    if (file := directory / TEMPLATE).exists():
-        return file.read_text()
+def read_chat_templates(directory: Path) -> dict[str, str]:
+    """The chat templates in a tokenizer's files by name, "default" and such as "tool_use"."""
     file = directory / SETTINGS[0]
     template = _read(file).get("chat_template") if file.exists() else None
-    if isinstance(template, list):  # several by name, of which transformers takes this one
-        template = next((t["template"] for t in template if t["name"] == "default"), None)
-    return template
+    if isinstance(template, str):
+        found = {"default": template}
+    else:
+        found = {one["name"]: one["template"] for one in template or ()}
+    if (file := directory / TEMPLATE).exists():
+        found["default"] = file.read_text()
+    more = directory / "additional_chat_templates"
+    return found | {file.stem: file.read_text() for file in sorted(more.glob("*.jinja"))}
 
 
 def _without_padding(tokenizer: dict[str, Any], pad: str | None) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 from rayrm import attention
 from rayrm.attention import Layout
-from rayrm.clock import stop_clock
+from rayrm.clock import stop_clocks
 from rayrm.decoder import FAMILIES, Decoder
 from rayrm.errors import ConfigError, ModelError
 from rayrm.packing import Pack
@@ -150,9 +150,7 @@ def load_base(
     made_by = fingerprint(tokenizer)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
-    if tokenizer.chat_template:
-        day = datetime.combine(date or datetime.now().date(), time())
-        tokenizer.chat_template = stop_clock(tokenizer.chat_template, day)
+    stop_clocks(tokenizer, datetime.combine(date or datetime.now().date(), time()))
     pad_added = set_pad_token(tokenizer)
     config = load_config(directory, dropout=dropout, trust_remote_code=trust_remote_code)
     # One that is to be added has no embedding yet.

@@ -591,8 +591,9 @@ def _written(tokenizer: PreTrainedTokenizerBase) -> str:
     """The chat template, and what it writes by putting tokens together ('<|' + role + '|>')."""
     if not (template := tokenizer.chat_template):
         return ""
+    source = "".join(template.values()) if isinstance(template, dict) else template
     chat = ChatTemplate(tokenizer)
     try:
-        return template + chat.render([_turn("user", PROMPT), _turn("assistant", RESPONSE)])
+        return source + chat.render([_turn("user", PROMPT), _turn("assistant", RESPONSE)])
     except InvalidRow:  # whatever renders rows by it says so
-        return template
+        return source

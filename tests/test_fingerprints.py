@@ -64,6 +64,10 @@ OTHER_IDS: dict[str, Callable[[Path], object]] = {
     "strips beside a special token": edit(
         "tokenizer.json", lambda t: t["added_tokens"][1].update(lstrip=True)
     ),
+    "a template of its own for tools": lambda directory: (
+        (directory / "additional_chat_templates").mkdir(),
+        (directory / "additional_chat_templates" / "tool_use.jinja").write_text(UPPER),
+    ),
     "EOS": edit("tokenizer_config.json", lambda t: t.update(eos_token="<|im_start|>")),
     "BOS setting": edit("tokenizer_config.json", lambda t: t.update(add_bos_token=True)),
 }
