@@ -36,6 +36,14 @@ RECORD = "rayrm.json"
 # Files that hold weights: large, and told apart by their size where they are far away.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
+# What models end a text or a turn with.
+_KNOWN_ENDS = {"<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>"} | {
+    "</s>",
+    "<eos>",
+    "<end_of_turn>",
+    "<|end|>",
+}
+
 # The adapter by itself, in the format of peft, below a LoRA run's export.
 ADAPTER = "adapter"
 
@@ -171,6 +179,9 @@ def load_template(directory: Path, export: Export, max_length: int | None = None
     except (OSError, ValueError) as error:
         raise ExportError(f"{directory} has no tokenizer that can be loaded: {error}") from None
     stop_clocks(tokenizer, clock_of(directory, export.provenance))
+    if export.format_version < 3:  # it does not tell what else ends a text for its base
+        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+        spec = replace(spec, ends=tuple(sorted(special & _KNOWN_ENDS)))
     return Template(tokenizer, spec)
 
 

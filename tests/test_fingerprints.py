@@ -20,7 +20,7 @@ from rayrm.data import Group, Preference
 from rayrm.dataset import encode_groups
 from rayrm.engine import RewardModel
 from rayrm.errors import ExportError
-from rayrm.export import RECORD, Export, read_export, read_identity
+from rayrm.export import RECORD, Export, load_template, read_export, read_identity
 from rayrm.fingerprints import fingerprint_of_text, fingerprint_text
 from rayrm.model import load_base
 from rayrm.template import Row, Template, TemplateSpec, fingerprint
@@ -281,3 +281,15 @@ def test_a_clock_in_a_base_s_template_shows_the_day_that_the_run_was_started(
     monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
     text = exported.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert isinstance(text, str) and text.startswith("Today is 04 March 2026.\n<|im_start|>user")
+
+
+def test_an_old_export_takes_the_usual_ends_for_ends(tiny_export: Path, tmp_path: Path) -> None:
+    old = copy(tiny_export, tmp_path / "old")
+    edit(RECORD, lambda record: record.update(format_version=2))(old)
+    made = AutoTokenizer.from_pretrained(old)
+    made.add_special_tokens({"extra_special_tokens": ["<|endoftext|>"]})
+    made.save_pretrained(old)
+    directory, export = read_export(old)
+    template = load_template(directory, export)
+    template.tokenizer.chat_template += "{% if add_generation_prompt %}<|im_start|>a\n{% endif %}"
+    assert template.sampled_row("q", "Paris.<|endoftext|>") == Row("q", "Paris.", True)
