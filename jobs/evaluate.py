@@ -36,7 +36,7 @@ def main() -> None:
 
         groups, read = read_groups(args.data, split=args.split, on_bad_record=args.on_bad_record)
         print(read)
-        evaluated = []
+        evaluated, dtypes = [], []
         for export in [args.export, args.against] if args.against else [args.export]:
             model = RewardModel.load(
                 export,
@@ -45,13 +45,18 @@ def main() -> None:
                 max_length=args.max_length,
                 overlong=args.overlong,
             )
+            print(f"{model.version} computes in {model.dtype}")
             scored = score(model, groups, progress=True)
             history = model.export.history if model.export else []
             evaluated.append(Evaluated(model.version, scored, history))
+            dtypes.append(model.dtype)
             del model
     except RayrmError as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    figures = [{"version": e.version, **e.figures} for e in evaluated]
+    figures = [
+        {"version": e.version, "dtype": dtype, **e.figures}
+        for e, dtype in zip(evaluated, dtypes, strict=True)
+    ]
     print(table(figures))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

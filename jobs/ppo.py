@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import chain, cycle
 from pathlib import Path
@@ -35,7 +35,8 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 from rayrm import RewardClient, Rewards, ServeConfig, deploy
 from rayrm.errors import RayrmError
 from rayrm.foreign import open_model
-from rayrm.model import DEFAULT_BASE, find_model
+from rayrm.hardware import choose_dtype
+from rayrm.model import DEFAULT_BASE, DTYPES, find_model
 from rayrm.sample import Question, questions
 
 Figures = dict[str, Any]
@@ -66,6 +67,7 @@ class Settings:
     gae_lambda: float = 0.95
     held_out: int = 128
     device: str = "cpu"
+    dtype: str = "auto"  # what the device is fast in
     reward_mean: float = 0.0  # of the held-out rewards, raw
     reward_std: float = 1.0
 
@@ -100,6 +102,11 @@ def forward(model: Any, ids: Tensor, mask: Tensor, **options: Any) -> Any:
     return model(ids, attention_mask=mask, position_ids=positions, **options).logits
 
 
+def autocast(settings: Settings) -> torch.autocast:
+    """The forward in bfloat16 where that is what is computed in."""
+    return torch.autocast(settings.device, torch.bfloat16, enabled=settings.dtype == "bfloat16")
+
+
 def log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     """Of tokens [B, R], by logits [B, R, vocabulary]: float32 [B, R]."""
     flat = logits.flatten(0, 1).float() / temperature, tokens.flatten()
@@ -115,7 +122,7 @@ class RolloutWorker:
         self.settings = settings
         path = find_model(settings.policy)
         self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-        load = partial(AutoModelForCausalLM.from_pretrained, path, dtype="bfloat16")
+        load = partial(AutoModelForCausalLM.from_pretrained, path, dtype=settings.dtype)
         self.policy, self.reference = (load().to(settings.device) for _ in range(2))
         ends = self.policy.generation_config.eos_token_id  # a chat model may have several
         self.ends = torch.tensor(ends, device=settings.device).flatten()
@@ -185,7 +192,7 @@ class RolloutWorker:
 
 
 class Learner:
-    """Policy and critic: weights in fp32, computed in bf16."""
+    """Policy and critic: weights in fp32, computed in settings.dtype."""
 
     def __init__(self, settings: Settings) -> None:
         torch.manual_seed(settings.seed)
@@ -201,7 +208,8 @@ class Learner:
         self.optimizer = adamw(chain(*self.trained))
 
     def weights(self) -> Weights:
-        return {k: v.to("cpu", torch.bfloat16) for k, v in self.policy.state_dict().items()}
+        dtype = DTYPES[self.settings.dtype]
+        return {k: v.to("cpu", dtype, copy=True) for k, v in self.policy.state_dict().items()}
 
     def update(self, *rollouts: Rollout) -> Figures:
         """Some epochs over what was sampled; means over their optimizer steps."""
@@ -234,7 +242,7 @@ class Learner:
 
     def values(self, ids: Tensor, mask: Tensor, responses: int) -> Tensor:
         """What the critic expects before each of the last so many tokens, float32 [B, R]."""
-        with torch.autocast(self.settings.device, torch.bfloat16):
+        with autocast(self.settings):
             values = forward(self.critic, ids, mask)[:, -responses - 1 : -1, 0]
         return (values.float() - self.settings.reward_mean) / self.settings.reward_std
 
@@ -243,7 +251,7 @@ class Learner:
         device, clip = self.settings.device, self.settings.clip
         ids, mask, kept, old, advantages, returns = (t.to(device) for t in batch.values())
         responses = old.shape[1]
-        with torch.autocast(device, torch.bfloat16):
+        with autocast(self.settings):
             logits = forward(self.policy, ids, mask, logits_to_keep=responses + 1)
         new = log_probs(logits[:, :-1], ids[:, -responses:], self.settings.temperature)
         ratio = (new - old).exp()
@@ -287,6 +295,9 @@ def gae(rewards: Tensor, values: Tensor, lam: float) -> Tensor:
 def train(settings: Settings) -> Figures:
     """A run from the base: its history, and what it did to responses to held-out prompts."""
     actor: Any = ray.remote(num_cpus=0, num_gpus=settings.device == "cuda")  # cores are shared
+    dtype = ray.get(actor(choose_dtype).remote(settings.dtype, settings.device))
+    settings = replace(settings, dtype=dtype)
+    print(f"computes in {dtype}", flush=True)
     learner = actor(Learner).remote(settings)
     workers = [actor(RolloutWorker).remote(settings, rank) for rank in range(settings.workers)]
     weights = learner.weights.remote()

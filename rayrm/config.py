@@ -130,8 +130,9 @@ class TrainSection(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = Field(1.0, ge=0)
     """Largest norm of the gradient; 0 turns clipping off."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the computation; weights, head and optimizer state are fp32 either way."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the computation; weights, head and optimizer state are fp32 either way. auto: bfloat16
+    where the first worker's machine multiplies it in hardware, else float32, for the whole run."""
     seed: int = Field(0, ge=0)
     """Of the head's first weights and of the order of groups."""
     eval_every: int = Field(0, ge=0)
@@ -316,7 +317,8 @@ class ServeConfig(Config):
     labels: dict[str, str] = {}
     """Ray node labels that replicas must land on."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of the backbone; auto: as exported."""
+    """Of the backbone; auto: bfloat16 where the first replica's machine multiplies it in hardware,
+    else float32, for as long as the application is there."""
     max_length: int | None = Field(None, ge=8)
     """Longest row in tokens; by default as in training."""
     overlong: Literal["error", "truncate"] = "error"

@@ -34,6 +34,7 @@ from rayrm.data import read_sampled
 from rayrm.engine import Rewards
 from rayrm.errors import ConfigError, DataError, ServiceError
 from rayrm.foreign import open_model
+from rayrm.hardware import fast_dtype
 from rayrm.serve import load_replica, locate_export
 from rayrm.sources import open_sources
 from rayrm.template import Row
@@ -64,14 +65,15 @@ class ScoredCorpus:
     """What became of a corpus.
 
     resumed: rows that an earlier run had scored. failed: rows with an error, among those that this
-    run scored in `seconds`, the start of its replicas included. ignored_files: found in a directory
-    or by a glob, but not read.
+    run scored in `seconds`, the start of its replicas included. dtype: what rewards were computed
+    in. ignored_files: found in a directory or by a glob, but not read.
     """
 
     rows: int
     resumed: int
     failed: int
     seconds: float
+    dtype: str
     ignored_files: list[str]
 
     def __str__(self) -> str:
@@ -83,7 +85,7 @@ class ScoredCorpus:
             "files ignored": len(self.ignored_files),
         }
         named = [f"{count} {name}" for name, count in counts.items() if count]
-        return ", ".join([f"{scored} rows scored{speed}", *named])
+        return ", ".join([f"{scored} rows scored in {self.dtype}{speed}", *named])
 
 
 def score_corpus(
@@ -116,7 +118,7 @@ def score_corpus(
     config, _ = locate_export(config)
     corpus = Corpus.survey(source, split, part_rows, to_parquet=target.suffix == ".parquet")
     parts = Parts(target, corpus)
-    parts.claim(corpus.fingerprint, config)
+    config = parts.claim(corpus.fingerprint, config)
     missing = [p for p in range(corpus.parts) if not parts.file(p).exists()]
     resumed = corpus.rows - sum(corpus.rows_of(p) for p in missing)
     failed, began = 0, time.monotonic()
@@ -126,7 +128,7 @@ def score_corpus(
             bar.update(len(part.records))
     seconds = time.monotonic() - began
     parts.join()
-    return ScoredCorpus(corpus.rows, resumed, failed, seconds, corpus.ignored_files)
+    return ScoredCorpus(corpus.rows, resumed, failed, seconds, config.dtype, corpus.ignored_files)
 
 
 @dataclass(frozen=True)
@@ -264,8 +266,11 @@ class Parts:
     def file(self, p: int) -> Path:
         return self.directory / f"part-{p:08d}"
 
-    def claim(self, fingerprint: str, config: ServeConfig) -> None:
-        """Make the directory this run's, or DataError where it is another's."""
+    def claim(self, fingerprint: str, config: ServeConfig) -> ServeConfig:
+        """Make the directory this run's, or DataError where it is another's.
+
+        Returns the config with what the run computes in, which its first start has decided.
+        """
         _, export = open_model(config.export)
         run = {
             "rows of IN": fingerprint,
@@ -276,13 +281,18 @@ class Parts:
             "overlong": config.overlong,
             "deterministic": config.deterministic,
         }
-        self.directory.mkdir(parents=True, exist_ok=True)
         record = self.directory / "run.json"
         if not record.exists():
+            run["dtype"] = _decide_dtype(config)
+            self.directory.mkdir(parents=True, exist_ok=True)
             with _whole(record) as file:
                 file.write(json.dumps(run, indent=2).encode())
-            return
+            return config.model_copy(update={"dtype": run["dtype"]})
         before = json.loads(record.read_bytes())
+        if before.get("dtype") == "auto":  # an older version's, which computed as exported
+            before["dtype"] = export.dtype
+        if config.dtype == "auto":
+            run["dtype"] = before.get("dtype")
         differences = [
             f"{k} {before.get(k)}, now {v}" for k, v in run.items() if before.get(k) != v
         ]
@@ -291,6 +301,7 @@ class Parts:
                 f"{self.directory.resolve()} holds another run ({'; '.join(differences)}): finish "
                 "that one, remove the directory to start over, or write to another file."
             )
+        return config.model_copy(update={"dtype": run["dtype"]})
 
     def write(self, part: Part, rewards: Rewards) -> int:
         """Write a part that is scored; how many of its rows have an error."""
@@ -375,16 +386,11 @@ def _scorers(config: ServeConfig, parts: int) -> Iterator[list[Any]]:
     if not parts:
         yield []
         return
-    if not ray.is_initialized():
-        ray.init()
     named = "replicas" in config.model_fields_set
+    _start_ray()
     count = config.replicas if named else max(1, _room(config))
     actor = ray.remote(Scorer).options(
-        num_cpus=config.cpus_per_replica,
-        num_gpus=config.gpus_per_replica,
-        label_selector=config.labels,
-        max_restarts=RETRIES,
-        max_task_retries=RETRIES,
+        **_needs(config), max_restarts=RETRIES, max_task_retries=RETRIES
     )
     scorers: list[Any] = [actor.remote(config) for _ in range(min(count, parts))]
     try:
@@ -392,6 +398,30 @@ def _scorers(config: ServeConfig, parts: int) -> Iterator[list[Any]]:
     finally:
         for scorer in scorers:
             ray.kill(scorer)
+
+
+def _decide_dtype(config: ServeConfig) -> str:
+    """What the corpus is scored in: by name, or what the replicas' machines are fast in."""
+    if config.dtype != "auto":
+        return config.dtype
+    _start_ray()
+    asked = ray.remote(fast_dtype).options(**_needs(config))
+    decided: str = ray.get(asked.remote("cuda" if config.gpus_per_replica else "cpu"))
+    return decided
+
+
+def _start_ray() -> None:
+    if not ray.is_initialized():
+        ray.init()
+
+
+def _needs(config: ServeConfig) -> dict[str, Any]:
+    """What Ray reserves for a replica, and where."""
+    return {
+        "num_cpus": config.cpus_per_replica,
+        "num_gpus": config.gpus_per_replica,
+        "label_selector": config.labels,
+    }
 
 
 def _room(config: ServeConfig) -> int:

@@ -33,6 +33,7 @@ from rayrm.errors import (
 )
 from rayrm.export import Export, load_template
 from rayrm.foreign import open_model
+from rayrm.hardware import choose_dtype
 from rayrm.model import DTYPES, RewardNet, check_max_length, load_weights
 from rayrm.packing import Ids, Pack, TokenGroup, plan_packs, share_packs, split_group
 from rayrm.template import Overlong, Row, Template, Tokens, fingerprint, is_ids, prompt_key
@@ -121,7 +122,8 @@ class RewardModel:
         tokens_per_pack: int = 8192,
         deterministic: bool = False,
     ) -> RewardModel:
-        """Load an export. auto: a GPU where there is one; the dtype it was exported in.
+        """Load an export. auto: a GPU where there is one; bfloat16 where the device multiplies it
+        in hardware, else float32, whatever the weights have on disk.
 
         adapters: more rewards, by name, as exports of LoRA runs from the base and with the template
         of this one, which then is an adapter beside them: the base is loaded once.
@@ -141,10 +143,11 @@ class RewardModel:
         )
         if adapters:
             read = read_adapters(path, adapters, max_length)
-            return cls._on_one_backbone(read, torch.device(device), dtype, make)
+            kind = DTYPES[choose_dtype(dtype, device)]
+            return cls._on_one_backbone(read, torch.device(device), kind, make)
         directory, export = open_model(path)
         template = load_template(directory, export, max_length)
-        kind = DTYPES[export.dtype if dtype == "auto" else dtype]
+        kind = DTYPES[choose_dtype(dtype, device)]
         weights = load_weights(directory, kind, torch.device(device))
         check_max_length(template.spec.max_length, weights.config)
         return make(RewardNet(weights), template, export=export)
@@ -154,12 +157,11 @@ class RewardModel:
         cls,
         read: dict[str, Adapter],
         device: torch.device,
-        dtype: str,
+        dtype: torch.dtype,
         make: Callable[..., RewardModel],
     ) -> RewardModel:
         own = read[OWN]
-        kind = DTYPES[own.export.dtype if dtype == "auto" else dtype]
-        backbone = load_backbone(own, kind, device)
+        backbone = load_backbone(own, dtype, device)
         check_max_length(own.template.spec.max_length, backbone.model.config)
         models = {}
         for name, adapter in read.items():
@@ -223,6 +225,11 @@ class RewardModel:
             for name, model in models.items()
         }
         return scored[OWN] if rewards is None else scored
+
+    @property
+    def dtype(self) -> str:
+        """What the backbone computes in: bfloat16 or float32."""
+        return str(self.net.autocast or self.net.model.dtype).removeprefix("torch.")
 
     @property
     def rewards(self) -> dict[str, RewardModel]:

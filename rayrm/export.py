@@ -71,8 +71,8 @@ class Export(BaseModel):
     merged weights.
     reward_mean and reward_std are over the held-out responses (None without held-out data);
     evaluation is summarize's dict; rounding: how far rewards moved when the weights were rounded to
-    dtype and computed in it (mean_abs, max_abs over so many held-out rows); history holds the
-    figures of every optimizer step; provenance names base model, data fingerprint, config and
+    dtype and computed in the run's (mean_abs, max_abs over so many held-out rows); history holds
+    the figures of every optimizer step; provenance names base model, data fingerprint, config and
     versions.
     """
 

@@ -93,7 +93,7 @@ def _assume(directory: Path, name: str) -> Export:
     assumed = [
         *_assumed_of_rows(Template(tokenizer, spec), config),
         f"up to {longest} tokens, as the model has positions",
-        f"computed in {dtype}, the head in float32",
+        "the head is computed in float32",
     ]
     if "score.bias" in shapes:
         assumed.append("the head's bias is added, which transformers leaves out when it loads it")

@@ -40,6 +40,7 @@ from rayrm.data import Group, read_groups
 from rayrm.dataset import PreferenceData, PreferenceGroup, Schedule, encode_groups
 from rayrm.errors import ConfigError, DataError, TrainingError
 from rayrm.evaluate import ScoredGroup, summarize
+from rayrm.hardware import choose_dtype, fast_dtype
 from rayrm.lora import add_adapters, check_frozen, hash_frozen
 from rayrm.loss import Pairs, bradley_terry, plackett_luce
 from rayrm.metrics import TrainMetrics
@@ -53,6 +54,7 @@ from rayrm.model import (
 )
 from rayrm.packing import Pack, share_packs
 from rayrm.rendering import ChatTemplate
+from rayrm.run import read_config, with_dtype, write_config
 from rayrm.template import Template, TemplateSpec
 
 log = logging.getLogger(__name__)
@@ -84,6 +86,7 @@ def train_loop(values: dict[str, Any], steps: Any) -> Figures:
         "data": str(rank.train.report),
         "data_fingerprint": rank.train.fingerprint,
         "frozen_sha256": rank.frozen_sha256,
+        "dtype": rank.config.train.dtype,
     }
 
 
@@ -92,8 +95,8 @@ class Rank:
 
     def __init__(self, config: TrainConfig) -> None:
         context = get_context()
-        self.config = config
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.config = config = decide_dtype(config, self.rank)
         if config.cluster.gpus_per_worker == 0:
             torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
         model, template = load_model(config)
@@ -291,6 +294,26 @@ class Rank:
             f"step {self.step + 1}: the loss is not finite; rewards of these rows are NaN or "
             f"infinite: {where or 'none, so a margin or label is'}"
         )
+
+
+def decide_dtype(config: TrainConfig, rank: int) -> TrainConfig:
+    """The config with what all ranks compute in: what the run's note says, or rank 0 decides."""
+    device = "cuda" if config.cluster.gpus_per_worker else "cpu"
+    told: list[Any] = [config.train.dtype]
+    if told == ["auto"]:
+        if rank == 0:
+            run = f"{config.storage}/{config.name}"
+            noted = read_config(run)
+            told = [noted.train.dtype if noted else "auto"]
+            if told == ["auto"]:
+                told = [fast_dtype(device)]
+                if noted:
+                    write_config(with_dtype(noted, told[0]), run)
+        dist.broadcast_object_list(told)
+    dtype = choose_dtype(told[0], device)
+    if rank == 0:
+        log.info("%s computes in %s", config.name, dtype)
+    return with_dtype(config, dtype)
 
 
 def load_model(config: TrainConfig) -> tuple[PreTrainedModel, Template]:

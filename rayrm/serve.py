@@ -455,6 +455,7 @@ class Replica:
             "pid": os.getpid(),
             "version": model.version,
             "versions": sorted(self.models.held),
+            "dtype": model.dtype,
             "failed": self.models.failed,
             "shadow": self.models.shadow.served.pin if self.models.shadow else "",
             "calls": self.calls,

@@ -57,6 +57,7 @@ from rayrm.lora import check_frozen, export_adapter, hash_frozen, merge_adapters
 from rayrm.model import DTYPES, RewardNet, save_weights
 from rayrm.progress import shown
 from rayrm.report import PAGE, Evaluated, write_report
+from rayrm.run import as_decided, read_config, with_date, with_dtype, write_config
 from rayrm.sources import absolute
 from rayrm.template import Template
 
@@ -110,7 +111,7 @@ def fit(config: TrainConfig) -> TrainResult:
             f"storage = {config.storage!r} lies in the job's copy of its working directory, which "
             "Ray deletes: give an absolute path that all nodes share, or a URI"
         )
-    claim(config, run)
+    config = claim(config, run)
     if exists(f"{run}/export/{RECORD}"):
         log.warning("run %r is finished, its export is at %s/export", config.name, run)
         return read_result(run)
@@ -134,6 +135,7 @@ def fit(config: TrainConfig) -> TrainResult:
     )
     assert isinstance(trained, Result) and trained.return_value
     checkpoint, step = to_export(config.train, trained)
+    config = with_dtype(config, trained.return_value["dtype"])
     ray.get(export.remote(config, run, checkpoint, step, trained.return_value))
     return read_result(run)
 
@@ -270,7 +272,8 @@ def evaluate_export(
     groups, read = read_groups(data.eval, split="test", on_bad_record=data.on_bad_record)
     exact = RewardModel(RewardNet(model.to(device)), template, overlong=data.overlong_rows)
     unrounded = score(exact, groups[:ROUNDING_GROUPS])
-    written = RewardModel.load(directory, device, overlong=data.overlong_rows)
+    dtype = config.train.dtype
+    written = RewardModel.load(directory, device, dtype, overlong=data.overlong_rows)
     evaluated = Evaluated(export.version, score(written, groups), export.history)
     export.evaluation = evaluated.figures
     export.reward_mean = export.evaluation["reward_mean"]
@@ -323,19 +326,17 @@ def exists(path: str) -> bool:
     return bool(filesystem.get_file_info(inside).type != fs.FileType.NotFound)
 
 
-def claim(config: TrainConfig, run: str) -> None:
-    """Note the config beside the run, or refuse to resume it under another one."""
-    mine = config.model_dump(mode="json", exclude=FREE)
-    filesystem, path = fs.FileSystem.from_uri(run)
-    if not exists(f"{run}/config.json"):
-        filesystem.create_dir(path, recursive=True)
-        with filesystem.open_output_stream(f"{path}/.config.json") as out:
-            out.write(config.model_dump_json(indent=2).encode())
-        filesystem.move(f"{path}/.config.json", f"{path}/config.json")  # whole or not there
-        return
-    with filesystem.open_input_file(f"{path}/config.json") as noted:
-        # Read as a config: what it does not name, an older version's, has its default.
-        theirs = TrainConfig(**json.loads(noted.read())).model_dump(mode="json", exclude=FREE)
+def claim(config: TrainConfig, run: str) -> TrainConfig:
+    """Note the config beside the run, or refuse to resume it under another one.
+
+    Returns it with what it leaves open as the run's first start decided it.
+    """
+    noted = read_config(run)
+    if noted is None or noted.data.date is None:
+        write_config(with_date(noted or config), run)
+        return claim(config, run)
+    config = as_decided(config, noted)
+    mine, theirs = (c.model_dump(mode="json", exclude=FREE) for c in (config, noted))
     differ = sorted(_flat(mine).items() ^ _flat(theirs).items())
     if differ:
         keys = sorted({key for key, _ in differ})
@@ -343,6 +344,7 @@ def claim(config: TrainConfig, run: str) -> None:
             f"{run} was started with another config (differs in {', '.join(keys)}): give this run "
             "another name, or remove the directory"
         )
+    return config
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:

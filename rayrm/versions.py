@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
@@ -20,10 +20,12 @@ from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _in
 from rayrm.config import ServeConfig
 from rayrm.engine import RewardModel
 from rayrm.errors import ExportError, VersionGone
+from rayrm.hardware import Dtype, fast_dtype
 
 logger = logging.getLogger("ray.serve")
 
 NAMESPACE = b"rayrm"
+DTYPES_NAMESPACE = b"rayrm dtypes"
 
 # How often a replica compares itself with the record; being told to is only faster.
 COMPARE_S = 2.0
@@ -121,6 +123,28 @@ def write_record(record: Record) -> None:
 
 def delete_record(app: str) -> None:
     _internal_kv_del(app.encode(), namespace=NAMESPACE)
+    _internal_kv_del(app.encode(), namespace=DTYPES_NAMESPACE)
+
+
+def decide_dtype(app: str, config: ServeConfig) -> Dtype:
+    """What the application computes in: by name, or what its first replica's machine is fast in.
+
+    Of replicas that start at once one decides, and those that come later compute the same: a
+    version has one kind of bits. Kept until the record is deleted.
+    """
+    device = "cuda" if config.gpus_per_replica else "cpu"
+    if config.dtype != "auto":
+        return config.dtype
+    fast = fast_dtype(device)
+    at = {"key": app.encode(), "namespace": DTYPES_NAMESPACE}
+    _internal_kv_put(**at, value=fast.encode(), overwrite=False)
+    decided = cast(Dtype, _internal_kv_get(**at).decode())
+    if decided != fast:
+        logger.warning(
+            f"{app} computes in {decided}, which its first replica decided; this machine is faster "
+            f"in {fast}"
+        )
+    return decided
 
 
 class Models:
@@ -143,6 +167,7 @@ class Models:
         self.config = config
         self.load = load
         self.tell = tell
+        self.dtype = decide_dtype(app, config)
         self.held: dict[str, RewardModel] = {}
         self.failed: dict[str, str] = {}
         self._asked: dict[str, float] = {}
@@ -223,7 +248,7 @@ class Models:
 
     def _load(self, wanted: Served | None) -> Served:
         """Hold what is wanted, by default what the config says; what that is."""
-        config = self.config
+        config = self.config.model_copy(update={"dtype": self.dtype})
         if wanted:
             config = config.model_copy(update=wanted.place)
         started = time.monotonic()
@@ -242,5 +267,7 @@ class Models:
                 "it was deployed: deploy it again"
             )
         self.held[served.pin] = model
-        logger.info(f"loaded version={served.pin} took={time.monotonic() - started:.1f}s")
+        logger.info(
+            f"loaded version={served.pin} dtype={self.dtype} took={time.monotonic() - started:.1f}s"
+        )
         return served

@@ -117,7 +117,7 @@ def main(directory: Path) -> None:
         result = running.result()
 
     labels = ServeConfig.load(ROOT / "jobs/configs/serve-gpu.yaml").labels
-    deploy(ServeConfig(export=result.export, labels=labels, replicas=2))
+    deploy(ServeConfig(export=result.export, dtype="float32", labels=labels, replicas=2))
     rows = ["red", "blue"], ["green", "pink"]
     replicas = [a for a in actors().values() if a["Name"].startswith("SERVE_REPLICA")]
     found = {
@@ -125,7 +125,9 @@ def main(directory: Path) -> None:
         "export": result.export,
         "served": [float(x) for x in RewardClient().score(*rows).values],
         "replicas": [a["Address"]["NodeID"] for a in replicas if a["State"] == "ALIVE"],
-        "here": [float(x) for x in RewardModel.load(result.export, "cpu").score(*rows).values],
+        "here": [
+            float(x) for x in RewardModel.load(result.export, "cpu", "float32").score(*rows).values
+        ],
     }
     (directory / "found.json").write_text(json.dumps(found))
     serve.shutdown()

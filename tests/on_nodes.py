@@ -34,9 +34,11 @@ def main(fault: str, rounds: int, export: str, found_file: str) -> None:
     ray.init(address=cluster.address, log_to_driver=False)
     service.Replica = FaultyReplica  # type: ignore[misc]
     service.deploy(
-        ServeConfig(export=export, app=APP, replicas=2, tokens_per_pack=1024, cache_bytes=0)
+        ServeConfig(
+            export=export, dtype="float32", app=APP, replicas=2, tokens_per_pack=1024, cache_bytes=0
+        )
     )
-    local = RewardModel.load(export, "cpu")
+    local = RewardModel.load(export, "cpu", "float32")
     expected = {r: local.score(*texts(24, r)).values.tolist() for r in range(2, 7)}
     actors = [Actor.options(resources={"head": 0.1}).remote(n) for n in range(4)]  # type: ignore[attr-defined]
     found: dict[str, Any] = {"lost": []}

@@ -86,6 +86,7 @@ class Actor:
 def served(cluster: None, tiny_export: Path) -> Iterator[None]:
     config = ServeConfig(
         export=str(tiny_export),
+        dtype="float32",
         app=APP,
         replicas=2,
         tokens_per_pack=1024,
@@ -110,7 +111,7 @@ def resident() -> dict[str, int]:
 
 @pytest.mark.soak
 def test_ten_minutes_at_twice_the_capacity(served: None, tiny_export: Path) -> None:
-    local = RewardModel.load(tiny_export, "cpu")
+    local = RewardModel.load(tiny_export, "cpu", "float32")
     expected = {r: local.score(*texts(GROUPS, r)).values.tolist() for r in range(3, 7)}
     step = [g.tokens for g in local.encode(make_rows(*texts(GROUPS, 4))).groups]
     assert 2 * ACTORS * sum(step) > 2 * 2 * LIMIT, "that is twice what two replicas take"

@@ -77,13 +77,13 @@ def adapters(exports: dict[str, Path]) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def model(exports: dict[str, Path]) -> RewardModel:
-    return RewardModel.load(exports["own"], "cpu", adapters=adapters(exports))
+    return RewardModel.load(exports["own"], "cpu", "float32", adapters=adapters(exports))
 
 
 @pytest.fixture(scope="module")
 def merged(exports: dict[str, Path]) -> dict[str, Rewards]:
     """Of ROWS, by the merged models, each loaded by itself."""
-    return {n: RewardModel.load(e, "cpu").score(*ROWS) for n, e in exports.items()}
+    return {n: RewardModel.load(e, "cpu", "float32").score(*ROWS) for n, e in exports.items()}
 
 
 def near(rewards: Rewards, expected: Rewards) -> None:
@@ -100,10 +100,10 @@ def test_rewards_of_every_architecture_are_the_merged_models(
 ) -> None:
     base = make_base(tmp_path / "base", model_type)
     own, other = (make_lora_export(tmp_path / f"run{s}", base, s) for s in (0, 1))
-    model = RewardModel.load(own, "cpu", adapters={"other": other})
+    model = RewardModel.load(own, "cpu", "float32", adapters={"other": other})
     scored = model.score(*ROWS, rewards=["default", "other"])
     for export, rewards in zip((own, other), scored.values(), strict=True):
-        near(rewards, RewardModel.load(export, "cpu").score(*ROWS))
+        near(rewards, RewardModel.load(export, "cpu", "float32").score(*ROWS))
 
 
 def test_several_rewards_come_by_name_and_each_with_its_version(
@@ -124,7 +124,7 @@ def test_several_rewards_come_by_name_and_each_with_its_version(
 def test_threads_score_different_rewards_at_once(model_type: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", model_type)
     runs = [make_lora_export(tmp_path / f"run{seed}", base, seed) for seed in range(3)]
-    model = RewardModel.load(runs[0], "cpu", adapters={"a": runs[1], "b": runs[2]})
+    model = RewardModel.load(runs[0], "cpu", "float32", adapters={"a": runs[1], "b": runs[2]})
     names = ["default", "a", "b"]
     alone = model.score(*ROWS, rewards=names)
     with ThreadPoolExecutor(6) as threads:
@@ -147,12 +147,12 @@ def storages(model: RewardModel) -> set[int]:
 def test_the_backbone_is_held_once(model_type: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", model_type)
     runs = [make_lora_export(tmp_path / f"run{seed}", base, seed) for seed in range(3)]
-    model = RewardModel.load(runs[0], "cpu", adapters={"a": runs[1], "b": runs[2]})
+    model = RewardModel.load(runs[0], "cpu", "float32", adapters={"a": runs[1], "b": runs[2]})
     assert (model.net.decoder is None) == (model_type == "gpt2")
     own = storages(model)
     for adapter in model.adapters.values():
         assert storages(adapter) == own
-    plain = RewardModel.load(runs[0], "cpu")
+    plain = RewardModel.load(runs[0], "cpu", "float32")
     assert len(own) == len(storages(plain))
 
 
@@ -169,7 +169,7 @@ def test_peft_reads_the_adapter_and_gives_its_rewards(model_type: str, tmp_path:
     lora = {"rank": 4, "targets": ["c_fc"] if model_type == "gpt2" else ["q_proj", "mlp.up_proj"]}
     runs = [make_lora_export(tmp_path / "all", base, 0), tmp_path / "some"]
     make_lora_export(runs[1], base, 1, lora=lora)
-    ours = RewardModel.load(runs[0], "cpu", adapters={"some": runs[1]})
+    ours = RewardModel.load(runs[0], "cpu", "float32", adapters={"some": runs[1]})
     scored = ours.score(*ROWS, rewards=["default", "some"])
     groups = ours.encode(make_rows(*ROWS)).groups
     rows = [row for group in groups for row in group.rows]
@@ -191,9 +191,11 @@ def test_in_bf16_adapters_are_no_further_off_than_merged_weights(
 ) -> None:
     train = {"seed": 1, "export_dtype": "bfloat16"}
     runs = [make_lora_export(tmp_path / f"{n}", one_base, 1, train=train) for n in range(2)]
-    exact = RewardModel.load(make_lora_export(tmp_path / "fp32", one_base, 1), "cpu").score(*ROWS)
-    merged = RewardModel.load(runs[0], "cpu").score(*ROWS)
-    model = RewardModel.load(runs[0], "cpu", adapters={"other": runs[1]})
+    exact = RewardModel.load(
+        make_lora_export(tmp_path / "fp32", one_base, 1), "cpu", "float32"
+    ).score(*ROWS)
+    merged = RewardModel.load(runs[0], "cpu", "bfloat16").score(*ROWS)
+    model = RewardModel.load(runs[0], "cpu", "bfloat16", adapters={"other": runs[1]})
     assert model.net.model.dtype == torch.bfloat16
     assert model.net.model.score.weight.dtype == torch.float32
     assert {b.dtype for b in model.net.model.buffers()} == {torch.float32}, "frequencies"
@@ -205,7 +207,9 @@ def test_in_bf16_adapters_are_no_further_off_than_merged_weights(
 
 
 def test_deterministic_rewards_do_not_depend_on_other_rows(exports: dict[str, Path]) -> None:
-    model = RewardModel.load(exports["own"], "cpu", adapters=adapters(exports), deterministic=True)
+    model = RewardModel.load(
+        exports["own"], "cpu", "float32", adapters=adapters(exports), deterministic=True
+    )
     every = model.score(*ROWS, rewards=["helpful"])["helpful"].values
     each = [model.score([p], [r], rewards=["helpful"]) for p, r in zip(*ROWS, strict=True)]
     np.testing.assert_array_equal(every, [one["helpful"].values[0] for one in each])
@@ -220,7 +224,7 @@ def test_a_name_that_is_not_there_is_told_with_those_that_are(model: RewardModel
 
 def refused(own: Path, other: Path, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
-        RewardModel.load(own, "cpu", adapters={"other": other})
+        RewardModel.load(own, "cpu", "float32", adapters={"other": other})
 
 
 def test_another_backbone_is_refused(exports: dict[str, Path], tmp_path: Path) -> None:
@@ -249,7 +253,7 @@ def test_another_template_is_refused(
     data = {"train": "none", "max_length": 128}
     other = make_lora_export(tmp_path / "shorter", one_base, 1, data=data)
     refused(exports["own"], other, ConfigError, "the template's max_length: 256, 128")
-    RewardModel.load(exports["own"], "cpu", adapters={"other": other}, max_length=100)
+    RewardModel.load(exports["own"], "cpu", "float32", adapters={"other": other}, max_length=100)
     chat = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
     data = {"train": "none", "max_length": 256, "chat_template": chat}
     other = make_lora_export(tmp_path / "other", one_base, 1, data=data)
@@ -270,7 +274,7 @@ def test_a_base_that_is_not_the_one_trained_on_is_refused(tmp_path: Path) -> Non
     record = json.loads((own / RECORD).read_text())
     record["adapter"]["base"] = str(moved)
     (own / RECORD).write_text(json.dumps(record))
-    RewardModel.load(own, "cpu", adapters={"other": other})
+    RewardModel.load(own, "cpu", "float32", adapters={"other": other})
 
 
 def test_what_is_no_adapter_or_was_changed_is_refused(
@@ -295,10 +299,10 @@ def test_a_base_whose_pad_token_had_to_be_added_is_the_same_again(tmp_path: Path
     (base / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.save_pretrained(base)
     own, other = (make_lora_export(tmp_path / f"{n}", base, n) for n in range(2))
-    model = RewardModel.load(own, "cpu", adapters={"other": other})
+    model = RewardModel.load(own, "cpu", "float32", adapters={"other": other})
     embeddings = model.net.model.get_input_embeddings()
     assert embeddings.num_embeddings == len(tokenizer) + 1
-    near(model.score(*ROWS), RewardModel.load(own, "cpu").score(*ROWS))
+    near(model.score(*ROWS), RewardModel.load(own, "cpu", "float32").score(*ROWS))
 
 
 def test_a_remote_adapter_is_fetched_without_merged_weights(
@@ -310,8 +314,8 @@ def test_a_remote_adapter_is_fetched_without_merged_weights(
     weights = {file.relative_to(directory) for file in directory.rglob("*.safetensors")}
     assert weights == {Path(ADAPTER) / "adapter_model.safetensors"}
     others = {name: f"file://{path}" for name, path in adapters(exports).items()}
-    model = RewardModel.load(f"file://{exports['own']}", "cpu", adapters=others)
-    local = RewardModel.load(exports["own"], "cpu", adapters=adapters(exports))
+    model = RewardModel.load(f"file://{exports['own']}", "cpu", "float32", adapters=others)
+    local = RewardModel.load(exports["own"], "cpu", "float32", adapters=adapters(exports))
     np.testing.assert_array_equal(model.score(*ROWS).values, local.score(*ROWS).values)
 
 
@@ -347,7 +351,13 @@ APP = "adapters"
 def served(cluster: None, exports: dict[str, Path]) -> Iterator[RewardClient]:
     others = {name: str(path) for name, path in adapters(exports).items()}
     deploy(
-        ServeConfig(export=str(exports["own"]), adapters=others, app=APP, tokens_per_pack=512),
+        ServeConfig(
+            export=str(exports["own"]),
+            dtype="float32",
+            adapters=others,
+            app=APP,
+            tokens_per_pack=512,
+        ),
     )
     yield RewardClient(APP)
     serve.delete(APP)

@@ -61,6 +61,7 @@ class SlowReplica(Replica):
 def client(cluster: None, tiny_export: Path) -> Iterator[RewardClient]:
     config = ServeConfig(
         export=str(tiny_export),
+        dtype="float32",
         app=APP,
         tokens_per_pack=1024,
         cache_bytes=0,
@@ -90,7 +91,7 @@ def test_replicas_come_with_the_work_and_go_without_a_lost_row(
 ) -> None:
     assert replicas() == 0
     prompts, responses = texts(400, 6)
-    local = RewardModel.load(tiny_export, "cpu")
+    local = RewardModel.load(tiny_export, "cpu", "float32")
     expected = local.score(prompts, responses)
     small = client.score(*texts(2, 2), timeout_s=120)  # a request that waits brings the first one
     assert_same(small, local.score(*texts(2, 2)))

@@ -52,7 +52,7 @@ def client(cluster: None, tiny_export: Path) -> Iterator[RewardClient]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rayrm.serve.Replica", WaitingReplica)
         config = {"tokens_per_pack": 512, "max_queue_tokens": LIMIT, "cache_bytes": 0}
-        deploy(ServeConfig(export=str(tiny_export), app=APP, **config))
+        deploy(ServeConfig(export=str(tiny_export), dtype="float32", app=APP, **config))
     yield RewardClient(APP)
     serve.delete(APP)
 
@@ -68,7 +68,7 @@ def shut(tiny_export: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def local(tiny_export: Path) -> RewardModel:
-    return RewardModel.load(tiny_export, "cpu")
+    return RewardModel.load(tiny_export, "cpu", "float32")
 
 
 def waiting() -> int:

@@ -49,7 +49,7 @@ def test_an_unknown_key_is_named_with_the_nearest_and_all_allowed(minimal: Path)
         ("train.learning_rate", "fast", "number"),
         ("train.learning_rate", "-1.0", "greater than 0"),
         ("train.schedule", "step", "'cosine', 'linear' or 'constant'"),
-        ("train.dtype", "float16", "'bfloat16' or 'float32'"),
+        ("train.dtype", "float16", "'auto', 'bfloat16' or 'float32'"),
         ("train.groups_per_step", "0", "greater than or equal to 1"),
         ("train.groups_per_step", "1.5", "integer"),
         ("train.seed", "-1", "greater than or equal to 0"),

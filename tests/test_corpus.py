@@ -46,7 +46,7 @@ Records = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def replicas(cluster: None, tiny_export: Path) -> Iterator[list[Any]]:
-    with _scorers(ServeConfig(export=str(tiny_export), replicas=2), 2) as actors:
+    with _scorers(ServeConfig(export=str(tiny_export), dtype="float32", replicas=2), 2) as actors:
         yield actors
 
 
@@ -58,7 +58,7 @@ def score(
     monkeypatch.setattr("rayrm.corpus._scorers", lambda *_: nullcontext(replicas))
 
     def call(source: Path, target: Path, part_rows: int = 7, **config: Any) -> ScoredCorpus:
-        settings = ServeConfig(**{"export": str(tiny_export), **config})
+        settings = ServeConfig(**{"export": str(tiny_export), "dtype": "float32", **config})
         return score_corpus(settings, str(source), target, part_rows=part_rows)
 
     return call
@@ -66,7 +66,7 @@ def score(
 
 @pytest.fixture(scope="module")
 def local(tiny_export: Path) -> RewardModel:
-    return RewardModel.load(tiny_export, "cpu")
+    return RewardModel.load(tiny_export, "cpu", "float32")
 
 
 def write(path: Path, records: Records) -> Path:
@@ -341,16 +341,16 @@ def test_a_run_killed_while_it_is_noted_can_be_started_again(
 ) -> None:
     source = write(tmp_path / "in.jsonl", rows(4))
     parts = Parts(tmp_path / "out.jsonl", Corpus.survey(str(source), "train", 2, to_parquet=False))
-    config = ServeConfig(export=str(tiny_export))
+    config = ServeConfig(export=str(tiny_export), dtype="float32")
     with pytest.raises(TypeError):
         parts.claim(object(), config)  # type: ignore[arg-type]
     parts.claim(parts.corpus.fingerprint, config)
 
 
 def test_the_speed_is_that_of_the_rows_that_this_run_scored() -> None:
-    assert str(ScoredCorpus(40, 14, 1, 2.0, ["notes.txt"])) == (
-        "26 rows scored in 2.0 s (13.0 rows/s), 14 scored by an earlier run, 1 with errors, "
-        "1 files ignored"
+    assert str(ScoredCorpus(40, 14, 1, 2.0, "float32", ["notes.txt"])) == (
+        "26 rows scored in float32 in 2.0 s (13.0 rows/s), 14 scored by an earlier run, 1 with "
+        "errors, 1 files ignored"
     )
 
 
@@ -371,7 +371,7 @@ def test_parts_of_another_run_are_refused(
         score(source, target, overlong="truncate")
     with pytest.raises(DataError, match="max_length None, now 64"):
         score(source, target, max_length=64)
-    with pytest.raises(DataError, match="dtype auto, now bfloat16"):
+    with pytest.raises(DataError, match="dtype float32, now bfloat16"):
         score(source, target, dtype="bfloat16")
     with pytest.raises(DataError, match="deterministic False, now True"):
         score(source, target, deterministic=True)

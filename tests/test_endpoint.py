@@ -50,6 +50,7 @@ def port(
     token.write_text(TOKEN + "\n")
     config = ServeConfig(
         export=str(tiny_export),
+        dtype="float32",
         app="web",
         http={
             "enabled": True,
@@ -67,7 +68,7 @@ def port(
 
 @pytest.fixture(scope="module")
 def local(tiny_export: Path) -> RewardModel:
-    return RewardModel.load(tiny_export, "cpu")
+    return RewardModel.load(tiny_export, "cpu", "float32")
 
 
 def ask(
@@ -310,7 +311,7 @@ def test_the_handle_works_beside_http(port: int, local: RewardModel) -> None:
 def test_a_port_that_serve_does_not_listen_on_is_refused(port: int, tiny_export: Path) -> None:
     http = {"enabled": True, "port": port + 1 if port < 65535 else port - 1}
     with pytest.raises(ServiceError, match=f"answers HTTP on 127.0.0.1:{port}"):
-        deploy(ServeConfig(export=str(tiny_export), app="second", http=http))
+        deploy(ServeConfig(export=str(tiny_export), dtype="float32", app="second", http=http))
 
 
 @pytest.mark.slow
@@ -407,4 +408,8 @@ def test_a_serve_without_http_is_not_taken_for_one_with(port: int, tiny_export: 
     serve.shutdown()
     serve.start(proxy_location="Disabled")
     with pytest.raises(ServiceError, match="already without HTTP"):
-        deploy(ServeConfig(export=str(tiny_export), app="late", http={"enabled": True}))
+        deploy(
+            ServeConfig(
+                export=str(tiny_export), dtype="float32", app="late", http={"enabled": True}
+            )
+        )

@@ -41,7 +41,7 @@ RESPONSES = ["Paris.", "It is Paris, the capital.", "apples", "red and blue", "x
 
 @pytest.fixture(scope="module")
 def model(tiny_export: Path) -> RewardModel:
-    return RewardModel.load(tiny_export, device="cpu")
+    return RewardModel.load(tiny_export, device="cpu", dtype="float32")
 
 
 def grid() -> tuple[list[str], list[str]]:
@@ -61,7 +61,7 @@ def close(a: NDArray[np.float32], b: NDArray[np.float32]) -> bool:
 def test_rewards_are_those_of_transformers_on_the_export(family: str, tmp_path: Path) -> None:
     export = make_export(tmp_path, family)
     prompts, responses = grid()
-    rewards = RewardModel.load(export, device="cpu").score(prompts, responses)
+    rewards = RewardModel.load(export, device="cpu", dtype="float32").score(prompts, responses)
     assert rewards.errors == [None] * len(prompts)
     assert rewards.values.dtype == np.float32 and rewards.values.std() > 0.1
     tokenizer = AutoTokenizer.from_pretrained(export)
@@ -90,12 +90,12 @@ def test_scoring_together_or_alone_in_any_order_gives_the_same(model: RewardMode
 
 def test_a_group_larger_than_the_budget_is_split_and_scored_the_same(tiny_export: Path) -> None:
     prompts, responses = grid()
-    whole = RewardModel.load(tiny_export, device="cpu")
+    whole = RewardModel.load(tiny_export, device="cpu", dtype="float32")
     expected = whole.score(prompts, responses)
     assert whole.forwards == 1
     counts = []
     for budget in (8, 40, 80):
-        cut = RewardModel.load(tiny_export, device="cpu", tokens_per_pack=budget)
+        cut = RewardModel.load(tiny_export, device="cpu", dtype="float32", tokens_per_pack=budget)
         assert close(cut.score(prompts, responses).values, expected.values)
         counts.append(cut.forwards)
     assert counts[0] == len(prompts) > counts[1] > counts[2] > 1
@@ -116,7 +116,7 @@ def test_no_thread_waits_for_another_with_more_to_do() -> None:
 def test_packs_scored_at_once_get_the_rewards_of_packs_one_after_the_other(
     tiny_export: Path,
 ) -> None:
-    model = RewardModel.load(tiny_export, device="cpu", tokens_per_pack=24)
+    model = RewardModel.load(tiny_export, device="cpu", dtype="float32", tokens_per_pack=24)
     groups = random_groups()
     one_by_one = model.score_groups(groups)
     torch.set_num_threads(3)
@@ -156,7 +156,7 @@ def test_text_messages_and_ids_of_one_row_get_one_reward(model: RewardModel) -> 
 
 
 def test_bf16_gives_about_the_same_in_fp32(tiny_export: Path) -> None:
-    exact = RewardModel.load(tiny_export, device="cpu").score(*grid()).values
+    exact = RewardModel.load(tiny_export, device="cpu", dtype="float32").score(*grid()).values
     rough = RewardModel.load(tiny_export, device="cpu", dtype="bfloat16").score(*grid()).values
     assert rough.dtype == np.float32
     assert 0 < np.abs(rough - exact).max() < 0.15 * max(1.0, float(exact.std()))
@@ -203,7 +203,7 @@ def test_bad_rows_get_typed_errors_and_the_others_their_rewards(model: RewardMod
 @pytest.fixture
 def poisoned(tiny_export: Path) -> tuple[RewardModel, int]:
     """A model whose embedding of one token is NaN, and that token."""
-    model = RewardModel.load(tiny_export, device="cpu")
+    model = RewardModel.load(tiny_export, device="cpu", dtype="float32")
     poison = int(model.template.tokenizer.convert_tokens_to_ids("%"))
     with torch.no_grad():
         model.net.model.base_model.embed_tokens.weight[poison] = torch.nan
@@ -240,7 +240,7 @@ def test_nan_in_a_shared_prompt_fails_its_group_alone(poisoned: tuple[RewardMode
 
 
 def test_an_infinite_reward_is_an_error(tiny_export: Path) -> None:
-    model = RewardModel.load(tiny_export, device="cpu")
+    model = RewardModel.load(tiny_export, device="cpu", dtype="float32")
     with torch.no_grad():
         model.net.model.score.weight.fill_(3e38)
     rewards = model.score(["Hi"], ["x"])
@@ -296,7 +296,9 @@ def test_lists_that_do_not_match_are_refused(
 
 
 def test_truncated_and_unfinished_rows_say_so(tiny_export: Path) -> None:
-    model = RewardModel.load(tiny_export, device="cpu", max_length=32, overlong="truncate")
+    model = RewardModel.load(
+        tiny_export, device="cpu", dtype="float32", max_length=32, overlong="truncate"
+    )
     long = "word " * 40
     rewards = model.score(
         ["Hi", long, "Hi", long],
@@ -311,7 +313,9 @@ def test_truncated_and_unfinished_rows_say_so(tiny_export: Path) -> None:
 
 
 def test_a_cut_prompt_is_scored_as_its_right_end(tiny_export: Path) -> None:
-    model = RewardModel.load(tiny_export, device="cpu", max_length=32, overlong="truncate")
+    model = RewardModel.load(
+        tiny_export, device="cpu", dtype="float32", max_length=32, overlong="truncate"
+    )
     row = rows_of(["word " * 40], ["Paris."])[0]
     (whole,) = model.template.encode([row])
     assert isinstance(whole, np.ndarray)

@@ -273,7 +273,7 @@ def preferences(prompt: str, responses: list[str], *pairs: tuple[int, int]) -> G
 
 
 def test_evaluating_is_scoring_and_summing_up(tiny_export: Path) -> None:
-    model = RewardModel.load(tiny_export, device="cpu")
+    model = RewardModel.load(tiny_export, device="cpu", dtype="float32")
     groups = [
         preferences("a prompt", ["red", "blue and red", "apples"], (0, 1), (0, 2)),
         preferences("another", ["Paris", "London is"], (1, 0)),
@@ -294,7 +294,9 @@ def test_evaluating_is_scoring_and_summing_up(tiny_export: Path) -> None:
 
 def test_length_counts_response_tokens_even_where_some_prompts_were_cut(tiny_export: Path) -> None:
     """Responses of 5 to 120 characters to one prompt that only the longer ones do not fit with."""
-    model = RewardModel.load(tiny_export, device="cpu", max_length=150, overlong="truncate")
+    model = RewardModel.load(
+        tiny_export, device="cpu", dtype="float32", max_length=150, overlong="truncate"
+    )
     groups = [preferences("@" * 60, ["#" * n for n in (5, 20, 60, 100, 120)], (0, 1))]
     figures = evaluate(model, groups)
     assert 0 < figures["truncated"] < 5

@@ -207,12 +207,12 @@ def test_publishing_over_something_else_is_refused_and_loses_neither(
 def test_a_remote_export_is_published_fetched_and_scored(
     export: Path, tmp_path: Path, cache: Path
 ) -> None:
-    expected = RewardModel.load(export, device="cpu").score(["Hi"], ["x"]).values
+    expected = RewardModel.load(export, device="cpu", dtype="float32").score(["Hi"], ["x"]).values
     uri = f"file://{tmp_path}/bucket/runs/export"
     publish(export, uri)
     directory, record = read_export(uri)
     assert directory.is_relative_to(cache) and record.name == "tiny"
-    model = RewardModel.load(uri, device="cpu")
+    model = RewardModel.load(uri, device="cpu", dtype="float32")
     assert model.version == record.version
     assert model.score(["Hi"], ["x"]).values == expected
     assert len(list((cache / "rayrm" / "exports").iterdir())) == 1, "fetched once"

@@ -159,6 +159,7 @@ def port(cluster: None, tiny_export: Path) -> Iterator[int]:
     serve.shutdown()
     config = ServeConfig(
         export=str(tiny_export),
+        dtype="float32",
         app=APP,
         replicas=2,
         tokens_per_pack=1024,
@@ -180,7 +181,7 @@ def actors(port: int) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def expected(tiny_export: Path) -> dict[int, list[float]]:
-    model = RewardModel.load(tiny_export, "cpu")
+    model = RewardModel.load(tiny_export, "cpu", "float32")
     return {r: model.score(*texts(24, r)).values.tolist() for r in range(2, 7)}
 
 
@@ -332,7 +333,7 @@ def test_an_engine_that_fails_on_one_row(
     error: type[RowError],
 ) -> None:
     """It gets its error; its neighbours, in the step and in others, their rewards."""
-    local = RewardModel.load(tiny_export, "cpu")
+    local = RewardModel.load(tiny_export, "cpu", "float32")
     made_by = local.template.spec.fingerprint
     prompts = [[5, 6, 7]] * 12
     responses = [[20 + r, POISON if r == 7 else 30] for r in range(12)]

@@ -44,6 +44,12 @@ def edit_template(template: str) -> Callable[[Path], object]:
     return lambda directory: (directory / "chat_template.jinja").write_text(template)
 
 
+def add_tool_template(directory: Path) -> None:
+    more = directory / "additional_chat_templates"
+    more.mkdir()
+    (more / "tool_use.jinja").write_text(UPPER)
+
+
 UPPER = CHATML.replace("m['content']", "m['content'] | upper")
 WHOLE = {"Sequence": {"id": "A", "type_id": 0}}
 BOS = {
@@ -64,10 +70,7 @@ OTHER_IDS: dict[str, Callable[[Path], object]] = {
     "strips beside a special token": edit(
         "tokenizer.json", lambda t: t["added_tokens"][1].update(lstrip=True)
     ),
-    "a template of its own for tools": lambda directory: (
-        (directory / "additional_chat_templates").mkdir(),
-        (directory / "additional_chat_templates" / "tool_use.jinja").write_text(UPPER),
-    ),
+    "a template of its own for tools": add_tool_template,
     "EOS": edit("tokenizer_config.json", lambda t: t.update(eos_token="<|im_start|>")),
     "BOS setting": edit("tokenizer_config.json", lambda t: t.update(add_bos_token=True)),
 }

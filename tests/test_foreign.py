@@ -75,7 +75,7 @@ def edit_weights(directory: Path, edit: Callable[[dict[str, torch.Tensor]], Any]
 
 def load(path: Path | str, **options: Any) -> RewardModel:
     with pytest.warns(UserWarning, match="assumed"):
-        return RewardModel.load(path, "cpu", **options)
+        return RewardModel.load(path, "cpu", **{"dtype": "float32", **options})
 
 
 def warned(path: Path) -> str:
@@ -187,11 +187,11 @@ def test_weights_and_head_of_half_the_size_are_read_exactly(
     assert_scored_as_by_transformers(make_foreign(tmp_path, dtype=on_disk), dtype="float32")
     head = load_file(tmp_path / "model.safetensors")["score.weight"]
     assert head.dtype == on_disk
-    net = load(tmp_path).net
-    assert str(net.model.base_model.embed_tokens.weight.dtype) == f"torch.{assumed}"
-    assert net.model.score.weight.dtype == torch.float32
-    assert torch.equal(net.model.score.weight, head.float())
-    assert f"computed in {assumed}" in warned(tmp_path)
+    model = load(tmp_path, dtype="bfloat16")
+    assert model.export and model.export.dtype == assumed
+    assert model.net.model.score.weight.dtype == torch.float32
+    assert torch.equal(model.net.model.score.weight, head.float())
+    assert "the head is computed in float32" in warned(tmp_path)
 
 
 def test_shards_and_a_language_models_leftover_head_are_scored(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_the_version_is_of_the_weights(tmp_path: Path) -> None:
 def test_an_export_is_read_without_a_word(tiny_export: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert RewardModel.load(tiny_export, "cpu").version.startswith("tiny@")
+        assert RewardModel.load(tiny_export, "cpu", "float32").version.startswith("tiny@")
 
 
 # Refused ------------------------------------------------------------------------------------------
@@ -427,11 +427,11 @@ def test_a_foreign_model_is_served_as_it_is_scored(tmp_path: Path) -> None:
     make_foreign(tmp_path / "theirs")
     local = load(tmp_path / "theirs")
     with pytest.warns(UserWarning, match="assumed"):
-        deploy(ServeConfig(export=str(tmp_path / "theirs"), app="foreign"))
+        deploy(ServeConfig(export=str(tmp_path / "theirs"), dtype="float32", app="foreign"))
     served = RewardClient("foreign").score(PROMPTS, RESPONSES)
     serve.delete("foreign")
     np.testing.assert_allclose(served.values, local.score(PROMPTS, RESPONSES).values, atol=1e-5)
     assert served.versions == [local.version] * len(PROMPTS)
     edit_config(tmp_path / "theirs", architectures=["LlamaForRewardModel"])
     with pytest.raises(ModelError, match="LlamaForRewardModel"):
-        deploy(ServeConfig(export=str(tmp_path / "theirs"), app="foreign"))
+        deploy(ServeConfig(export=str(tmp_path / "theirs"), dtype="float32", app="foreign"))

@@ -82,20 +82,20 @@ def port(
     token.write_text(TOKEN)
     http = {"enabled": True, "port": port, "token_file": str(token), "max_rows": 64}
     serve.shutdown()  # another module's Serve opens no port
-    deploy(ServeConfig(export=str(tiny_export), app=APP, http=http))
+    deploy(ServeConfig(export=str(tiny_export), dtype="float32", app=APP, http=http))
     yield port
     serve.shutdown()
 
 
 @pytest.fixture(scope="module")
 def local(tiny_export: Path) -> RewardModel:
-    return RewardModel.load(tiny_export, "cpu")
+    return RewardModel.load(tiny_export, "cpu", "float32")
 
 
 @pytest.fixture(scope="module")
 def cutting(tiny_export: Path) -> RewardModel:
     """Cuts the prompt of nearly every row."""
-    return RewardModel.load(tiny_export, "cpu", max_length=24, overlong="truncate")
+    return RewardModel.load(tiny_export, "cpu", "float32", max_length=24, overlong="truncate")
 
 
 def processes() -> dict[str, psutil.Process]:

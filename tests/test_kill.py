@@ -87,6 +87,7 @@ def configure(base: Path, file: Path, storage: Path, **sections: dict[str, Any])
             "tokens_per_micro_batch": 64,
             "learning_rate": 3e-3,
             "checkpoint_every": 2,
+            "dtype": "bfloat16",
             "export_dtype": "float32",
         },
         "cluster": {"workers": 2},

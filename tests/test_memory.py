@@ -212,7 +212,7 @@ def check(config: TrainConfig, trained: Trained) -> Path:
     assert trained["resumed_losses"] == trained["losses"] and trained["resumed_exactly"]
     directory, groups = export(config, trained), trained["groups"]
     near = 1e-5 * max(1.0, float(trained["rewards"].std()))
-    ours = np.concatenate(RewardModel.load(directory, "cpu").score_groups(groups))
+    ours = np.concatenate(RewardModel.load(directory, "cpu", "float32").score_groups(groups))
     np.testing.assert_allclose(ours, trained["rewards"], rtol=0, atol=near)
     np.testing.assert_allclose(by_transformers(directory, groups), ours, rtol=0, atol=near)
     return directory
@@ -229,7 +229,7 @@ def test_lora_steps_resumes_and_exports(
     for weight in before.keys() & after.keys():
         adapted = weight.endswith("_proj.weight")
         assert torch.equal(before[weight], after[weight]) != adapted, weight
-    shared = RewardModel.load(exported, "cpu", adapters={"again": exported})
+    shared = RewardModel.load(exported, "cpu", "float32", adapters={"again": exported})
     for model in (shared, shared.adapters["again"]):
         ours = np.concatenate(model.score_groups(fast[name]["groups"]))
         near = 1e-5 * max(1.0, float(ours.std()))
@@ -260,7 +260,7 @@ def test_the_record_says_how_far_rounding_moved_rewards(
     for dtype in ("float32", "bfloat16"):
         config = configure(base, data, tmp_path / dtype, **sections, train={"export_dtype": dtype})
         directory = export(config, fast[name])
-        scored = score(RewardModel.load(directory, "cpu"), groups)
+        scored = score(RewardModel.load(directory, "cpu", "float32"), groups)
         rewards.append(np.concatenate([group.rewards for group in scored]))
     _, record = read_export(directory)
     shift = np.abs(rewards[1] - rewards[0])
@@ -316,7 +316,7 @@ def test_a_lora_run_in_bf16_is_evaluated_as_exported(
     assert [h["step"] for h in result.history] == [1, 2, 3]
     directory, record = read_export(result.export)
     assert load_file(directory / "model.safetensors")["score.weight"].dtype == torch.float32
-    again = evaluate(RewardModel.load(directory, "cpu"), read_groups(str(data))[0])
+    again = evaluate(RewardModel.load(directory, "cpu", "bfloat16"), read_groups(str(data))[0])
     assert again["reward_mean"] == pytest.approx(result.metrics["reward_mean"], abs=1e-6)
     assert again["loss"] == pytest.approx(result.metrics["loss"], abs=1e-6)
     assert record.rounding["rows"] == 30 and record.rounding["mean_abs"] > 1e-4

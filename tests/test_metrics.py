@@ -116,7 +116,7 @@ def test_a_runs_figures_are_scraped_and_charted_and_move_as_it_trains(config: Tr
 
 @pytest.fixture
 def metered(cluster: None, tiny_export: Path) -> Iterator[RewardClient]:
-    deploy(ServeConfig(export=str(tiny_export), app="metered"))
+    deploy(ServeConfig(export=str(tiny_export), dtype="float32", app="metered"))
     yield RewardClient("metered")
     serve.delete("metered")
 
@@ -141,7 +141,7 @@ def test_what_a_replica_answers_is_scraped_and_moves(
     stats = serve.get_app_handle("metered").broadcast("stats").results(timeout_s=10)
     assert samples["serve_tokens_total"] == stats[0]["computed_tokens"]
 
-    local = RewardModel.load(tiny_export, "cpu")
+    local = RewardModel.load(tiny_export, "cpu", "float32")
     rows = [[prompts[i]] for i in (0, 1, 3)], [[responses[i]] for i in (0, 1, 3)]
     alone = sum(local.encode(make_rows(p, r)).groups[0].tokens for p, r in zip(*rows, strict=True))
     assert samples["serve_tokens_unshared_total"] == alone > samples["serve_tokens_total"]
@@ -167,7 +167,7 @@ def test_what_a_version_tells_ends_with_it(
     record = read_export(evaluated)[1]
     record.name, record.reward_mean, record.reward_std = "evaluated", -1.0, 2.0
     record.write(evaluated)
-    config = ServeConfig(export=str(tiny_export), app="followed")
+    config = ServeConfig(export=str(tiny_export), dtype="float32", app="followed")
     old, new = read_export(tiny_export)[1].version, record.version
     deploy(config)
     try:

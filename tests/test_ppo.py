@@ -40,11 +40,12 @@ APP = "ppo"
 
 @pytest.fixture(scope="module")
 def settings(cluster: None, tiny_export: Path) -> Iterator[Settings]:
-    deploy(ServeConfig(export=str(tiny_export), app=APP, replicas=2))
+    deploy(ServeConfig(export=str(tiny_export), dtype="float32", app=APP, replicas=2))
     threads = torch.get_num_threads()
     yield Settings(
         str(tiny_export),
         str(tiny_export.parent / "base"),
+        dtype="float32",
         prompts_per_worker=2,
         responses_per_prompt=2,
         rows_per_minibatch=4,
@@ -107,7 +108,7 @@ def test_prompts_are_what_the_reward_model_was_trained_on(
     rewards = worker.send([sampled]).result()
     assert rewards.errors == [None] * 16
     assert rewards.unfinished.tolist() == [not finished for finished in sampled.finished.tolist()]
-    local = RewardModel.load(tiny_export, "cpu")
+    local = RewardModel.load(tiny_export, "cpu", "float32")
     made_by = worker.tokenizer
     expected = local.score(
         prompts, responses, finished=sampled.finished.tolist(), tokenizer=made_by
@@ -210,7 +211,7 @@ def test_a_run_goes_on_through_a_killed_replica_and_a_new_version(
         calls = sum(replica["calls"] for replica in stats(APP))
         until(lambda: sum(replica["calls"] for replica in stats(APP)) >= calls + 8)
         os.kill(stats(APP)[0]["pid"], signal.SIGKILL)
-        deploy(ServeConfig(export=str(other_export), app=APP, replicas=2))
+        deploy(ServeConfig(export=str(other_export), dtype="float32", app=APP, replicas=2))
 
     disturbing = threading.Thread(target=disturb)
     disturbing.start()

@@ -46,7 +46,7 @@ class Gate:
 
 @pytest.fixture(scope="module")
 def local(tiny_export: Path) -> RewardModel:
-    return RewardModel.load(tiny_export, "cpu")
+    return RewardModel.load(tiny_export, "cpu", "float32")
 
 
 def groups(n: int, tokens: int = 20, first: int = 5) -> list[TokenGroup]:

@@ -84,7 +84,11 @@ def _take(file: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def served(cluster: None, tiny_export: Path) -> Iterator[RewardClient]:
-    deploy(ServeConfig(export=str(tiny_export), app="tiny", replicas=2, tokens_per_pack=512))
+    deploy(
+        ServeConfig(
+            export=str(tiny_export), dtype="float32", app="tiny", replicas=2, tokens_per_pack=512
+        )
+    )
     yield RewardClient("tiny")
     serve.delete("tiny")
 
@@ -93,6 +97,7 @@ def served(cluster: None, tiny_export: Path) -> Iterator[RewardClient]:
 def fragile(cluster: None, tiny_export: Path) -> Iterator[RewardClient]:
     config = ServeConfig(
         export=str(tiny_export),
+        dtype="float32",
         app=FRAGILE,
         overlong="truncate",
         tokens_per_pack=512,
@@ -107,7 +112,7 @@ def fragile(cluster: None, tiny_export: Path) -> Iterator[RewardClient]:
 
 @pytest.fixture(scope="module")
 def local(tiny_export: Path) -> RewardModel:
-    return RewardModel.load(tiny_export, "cpu")
+    return RewardModel.load(tiny_export, "cpu", "float32")
 
 
 def stats(app: str) -> list[dict[str, Any]]:
@@ -258,7 +263,9 @@ def test_a_wrong_export_is_refused_before_anything_starts(
     with pytest.raises(ExportError, match=r"looked for rayrm\.json"):
         deploy(ServeConfig(export=str(tmp_path), app="nothing"))
     with pytest.raises(ConfigError, match="positions for 512"):
-        deploy(ServeConfig(export=str(tiny_export), app="nothing", max_length=1024))
+        deploy(
+            ServeConfig(export=str(tiny_export), dtype="float32", app="nothing", max_length=1024)
+        )
 
 
 @pytest.mark.slow
@@ -269,7 +276,7 @@ def test_replicas_that_cannot_start_say_why(cluster: None, tiny_export: Path) ->
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ServiceError, match="not on this"):
         patch.setattr("rayrm.serve.Replica", Broken)
-        deploy(ServeConfig(export=str(tiny_export), app="broken"))
+        deploy(ServeConfig(export=str(tiny_export), dtype="float32", app="broken"))
     serve.delete("broken")
 
 
@@ -296,7 +303,7 @@ def test_a_cut_prompt_is_marked(fragile: RewardClient, tiny_export: Path) -> Non
     prompts, responses = ["why? " * 200, "why?"], ["Because.", "Because."]
     rewards = fragile.score(prompts, responses)
     assert rewards.truncated.tolist() == [True, False]
-    local = RewardModel.load(tiny_export, "cpu", overlong="truncate")
+    local = RewardModel.load(tiny_export, "cpu", "float32", overlong="truncate")
     assert_same(rewards, local.score(prompts, responses))
 
 

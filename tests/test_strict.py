@@ -125,7 +125,7 @@ def test_no_neighbour_or_order_moves_a_bit_on_cuda(dtype: Dtype, tmp_path: Path)
 
 
 def test_the_tokens_that_a_replica_counts_are_those_it_computes(tiny_export: Path) -> None:
-    model = RewardModel.load(tiny_export, "cpu", deterministic=True)
+    model = RewardModel.load(tiny_export, "cpu", "float32", deterministic=True)
     prompts, responses = map(list, zip(*ROWS, strict=True))
     encoded = model.encode(make_rows(prompts, responses))
     assert sum(group.tokens for group in encoded.groups) == encoded.tokens.sum()
@@ -143,6 +143,7 @@ def test_replicas_of_one_and_of_three_threads_give_the_bits_of_one_process(
         deploy(
             ServeConfig(
                 export=str(export),
+                dtype="float32",
                 app="strict",
                 cpus_per_replica=cpus,
                 tokens_per_pack=512,
@@ -153,6 +154,6 @@ def test_replicas_of_one_and_of_three_threads_give_the_bits_of_one_process(
         for way, found in (beside_others(client) | {"alone": alone(client)}).items():
             served[deterministic][f"{way}; {cpus} threads"] = found
     serve.delete("strict")
-    expected = alone(RewardModel.load(export, "cpu", deterministic=True))
+    expected = alone(RewardModel.load(export, "cpu", "float32", deterministic=True))
     assert moved(served[True], expected) == []
     assert {"together; 3 threads", "alone; 3 threads"} <= set(moved(served[False], expected))

@@ -169,7 +169,7 @@ def trained(head: Head, files: Path) -> subprocess.CompletedProcess[str]:
 def deployed(
     head: Head, files: Path, trained: subprocess.CompletedProcess[str]
 ) -> subprocess.CompletedProcess[str]:
-    return head.submit("jobs/serve.py", files / "runs/fruit/export")
+    return head.submit("jobs/serve.py", files / "runs/fruit/export", "--dtype", "float32")
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def test_an_application_outlives_its_job_and_a_third_job_scores(
     assert scored.returncode == 0, scored.stdout
     line = next(line for line in scored.stdout.splitlines() if line.startswith("[["))
     values, errors, version, package = json.loads(line)
-    local = RewardModel.load(files / "runs/fruit/export", "cpu")
+    local = RewardModel.load(files / "runs/fruit/export", "cpu", "float32")
     np.testing.assert_allclose(values, local.score(PROMPTS, RESPONSES).values, atol=1e-5)
     assert errors == ["NoneType", "EmptyResponse", "NoneType"]
     assert version == local.version

@@ -213,7 +213,7 @@ def test_trained_rewards_are_exported_and_what_is_exported_was_evaluated(
     page = Path(result.report).read_text()
     assert f"{data}: {read}" in page and f"<td>{result.metrics['accuracy']:.3f}</td>" in page
     assert len([*(tmp_path / "run/report").glob("*.png")]) == page.count("data:image/png") == 7
-    model = RewardModel.load(result.export, "cpu")
+    model = RewardModel.load(result.export, "cpu", "float32")
     again = evaluate(model, groups)
     assert again.keys() == result.metrics.keys()
     for key in ("accuracy", "loss", "margin", "ece", "reward_mean", "reward_std"):
@@ -264,7 +264,7 @@ def test_the_same_name_resumes_where_the_run_was_cut_off(
     resumed = fit(config)
     assert [h["step"] for h in resumed.history] == [1, 2, 3]
     assert [h["loss"] for h in resumed.history] == [h["loss"] for h in whole.history]
-    ours, theirs = (RewardModel.load(r.export, "cpu") for r in (resumed, whole))
+    ours, theirs = (RewardModel.load(r.export, "cpu", "float32") for r in (resumed, whole))
     assert ours.version.split("@")[1] == theirs.version.split("@")[1]
 
 

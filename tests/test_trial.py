@@ -45,19 +45,23 @@ class FaultyReplica(Replica):
 def app(cluster: None, tiny_export: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rayrm.serve.Replica", FaultyReplica)
-        deploy(ServeConfig(export=str(tiny_export), app=APP, replicas=2, tokens_per_pack=512))
+        deploy(
+            ServeConfig(
+                export=str(tiny_export), dtype="float32", app=APP, replicas=2, tokens_per_pack=512
+            )
+        )
         yield
     serve.delete(APP)
 
 
 @pytest.fixture(scope="module")
 def old(tiny_export: Path) -> RewardModel:
-    return RewardModel.load(tiny_export, "cpu")
+    return RewardModel.load(tiny_export, "cpu", "float32")
 
 
 @pytest.fixture(scope="module")
 def new(other_export: Path) -> RewardModel:
-    return RewardModel.load(other_export, "cpu")
+    return RewardModel.load(other_export, "cpu", "float32")
 
 
 def run(*arguments: str) -> str:

@@ -49,7 +49,12 @@ class SlowReplica(Replica):
 @pytest.fixture(scope="module")
 def config(tiny_export: Path) -> ServeConfig:
     return ServeConfig(
-        export=str(tiny_export), app=APP, replicas=2, tokens_per_pack=512, cache_bytes=0
+        export=str(tiny_export),
+        dtype="float32",
+        app=APP,
+        replicas=2,
+        tokens_per_pack=512,
+        cache_bytes=0,
     )
 
 
@@ -64,7 +69,7 @@ def client(cluster: None, config: ServeConfig) -> Iterator[RewardClient]:
 
 @pytest.fixture(scope="module")
 def models(tiny_export: Path, other_export: Path) -> dict[str, RewardModel]:
-    both = [RewardModel.load(export, "cpu") for export in (tiny_export, other_export)]
+    both = [RewardModel.load(export, "cpu", "float32") for export in (tiny_export, other_export)]
     assert len({model.version for model in both}) == 2
     return {model.version: model for model in both}
 
@@ -198,12 +203,15 @@ def test_a_replica_that_missed_the_news_finds_out_by_itself(
 
 
 def test_what_is_found_must_be_what_was_deployed(cluster: None, tiny_export: Path) -> None:
-    config = ServeConfig(export=str(tiny_export), app="changed")
+    config = ServeConfig(export=str(tiny_export), dtype="float32", app="changed")
     old = Served(export=str(tiny_export), version="old@1")
     write_record(Record(config=config, started=config.export, current=old))
     try:
         with pytest.raises(ExportError, match=r"holds .*, and not old@1"):
-            load, tell = (lambda c: RewardModel.load(c.export, "cpu")), ServeMetrics().holds
+            load, tell = (
+                (lambda c: RewardModel.load(c.export, "cpu", "float32")),
+                ServeMetrics().holds,
+            )
             Models("changed", config, load, tell)
     finally:
         delete_record("changed")

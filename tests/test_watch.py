@@ -164,7 +164,11 @@ def export(prometheus: Prometheus, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def client(prometheus: Prometheus, export: str) -> Iterator[RewardClient]:
     """The export behind one replica, which a copy of it shadows."""
-    deploy(ServeConfig(export=export, app=APP, tokens_per_pack=512, max_queue_tokens=2048))
+    deploy(
+        ServeConfig(
+            export=export, dtype="float32", app=APP, tokens_per_pack=512, max_queue_tokens=2048
+        )
+    )
     copy = Path(shutil.copytree(export, Path(export).parent / "copy"))
     record = read_export(copy)[1]
     record.model_copy(update={"name": "copy"}).write(copy)

@@ -1,0 +1,100 @@
+"""What a machine computes fast in: bfloat16 where it multiplies it in hardware, float32 elsewhere.
+
+A CPU without such instructions multiplies bfloat16 at a seventh of the speed of float32 and less.
+Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Dtype = Literal["bfloat16", "float32"]
+
+# Where oneDNN is told to use no more than these instructions, it emulates bfloat16.
+WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2"} | {
+    "AVX512_CORE",
+    "AVX512_CORE_VNNI",
+}
+
+# Where a CPU's kind says nothing, bfloat16 must be so many times as fast to be taken.
+MARGIN = 2.0
+
+
+def choose_dtype(asked: Literal["auto"] | Dtype, device: str) -> Dtype:
+    """What is asked for, or for auto what the device is fast in.
+
+    Warns where a CPU is asked for bfloat16 that it is slow in, and says how slow.
+    """
+    if asked == "auto":
+        return fast_dtype(device)
+    if asked == "bfloat16" and is_cpu(device) and fast_dtype(device) == "float32":
+        warnings.warn(
+            "this CPU is slow in bfloat16: its matrix products take "
+            f"{1 / bf16_speedup():.1f} times as long as in float32, which dtype auto would take",
+            stacklevel=3,
+        )
+    return asked
+
+
+def fast_dtype(device: str) -> Dtype:
+    """bfloat16 where the device multiplies it in hardware, else float32."""
+    if is_cpu(device):
+        known = cpu_has_bf16()
+        fast = remembered_speedup() >= MARGIN if known is None else known
+    else:
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if fast else "float32"
+
+
+def is_cpu(device: str) -> bool:
+    return torch.device(device).type == "cpu"
+
+
+def cpu_has_bf16() -> bool | None:
+    """Whether this CPU multiplies bfloat16 in hardware; None where its kind does not say."""
+    can = torch.cpu.get_capabilities()
+    if "avx512_bf16" in can:  # x86
+        limits = (os.environ.get(f"{name}_MAX_CPU_ISA", "") for name in ("ONEDNN", "DNNL"))
+        limit = next(filter(None, limits), "").upper()
+        return bool(can["avx512_bf16"] or can["amx_bf16"]) and limit not in WITHOUT_BF16
+    if "bf16" in can and sys.platform == "linux":  # ARM; elsewhere torch does not use it
+        return bool(can["bf16"])
+    return None
+
+
+def bf16_speedup() -> float:
+    """How many times as fast a matrix product is in bfloat16 as in float32 on this CPU, measured.
+
+    Of a small model's layer, in a fraction of a second.
+    """
+    weight, x = torch.randn(1536, 576), torch.randn(512, 576)
+    exact, rounded = (weight, x), (weight.bfloat16(), x.bfloat16())
+    seconds = [(_product(*exact), _product(*rounded)) for _ in range(4)][1:]
+    return min(s for s, _ in seconds) / min(s for _, s in seconds)
+
+
+def _product(weight: Tensor, x: Tensor) -> float:
+    started = time.perf_counter()
+    torch.nn.functional.linear(x, weight)
+    return time.perf_counter() - started
+
+
+def remembered_speedup() -> float:
+    """bf16_speedup, measured once on a machine and kept in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rayrm"
+    file = cache / f"bf16-speedup-{platform.node()}-torch-{torch.__version__}"
+    if not file.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.{os.getpid()}")
+        partial.write_text(f"{bf16_speedup():.3f}\n")
+        os.replace(partial, file)
+    return float(file.read_text())
