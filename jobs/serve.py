@@ -10,6 +10,7 @@ another EXPORT takes over without a pause. The fields are those of rayrm.config.
     python jobs/serve.py --compare [APP]               how rewards in the shadow differ
     python jobs/serve.py --promote [APP]               let what is on trial score all callers
     python jobs/serve.py --rollback [APP]              end the trial, or serve the version before
+    python jobs/serve.py --delete [APP]                end it, and forget what it served and tried
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 from rayrm.config import ServeConfig, describe
 from rayrm.errors import RayrmError
 
-OPERATIONS = ("--canary", "--shadow", "--compare", "--promote", "--rollback")
+OPERATIONS = ("--canary", "--shadow", "--compare", "--promote", "--rollback", "--delete")
 
 
 def main(arguments: list[str]) -> None:
@@ -35,9 +36,8 @@ def main(arguments: list[str]) -> None:
     config = ServeConfig.load(arguments[0], arguments[1:])
 
     import ray
-    from ray import serve
 
-    from rayrm.serve import deploy, locate_export
+    from rayrm.serve import delete, deploy, locate_export
 
     _, served = locate_export(config)
     ray.init()
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
         try:
             signal.pause()
         except KeyboardInterrupt:
-            serve.delete(config.app)
+            delete(config.app)
 
 
 def operate(verb: str, words: list[str]) -> str:
@@ -67,7 +67,7 @@ def operate(verb: str, words: list[str]) -> str:
 
     import ray
 
-    from rayrm.serve import compare, promote, rollback, try_out
+    from rayrm.serve import compare, delete, promote, rollback, try_out
 
     ray.init()
     match verb:
@@ -80,6 +80,9 @@ def operate(verb: str, words: list[str]) -> str:
             return str(compare(args.app))
         case "--promote":
             return f"application {args.app!r} serves {promote(args.app).version}"
+        case "--delete":
+            delete(args.app)
+            return f"application {args.app!r} is deleted"
         case _:
             return f"application {args.app!r} serves {rollback(args.app).version} again"
 

@@ -46,7 +46,7 @@ from rayrm.engine import (
     make_rows,
     warn_unnamed_ids,
 )
-from rayrm.errors import Overloaded, ServiceError, StepTimeout, VersionGone
+from rayrm.errors import Overloaded, ServiceError, StepTimeout, UnknownReward, VersionGone
 from rayrm.template import Row, fingerprint
 from rayrm.versions import read_record
 
@@ -278,11 +278,13 @@ class RewardClient:
     ) -> Named:
         """What score does with its rows, on any event loop; every reward is named.
 
-        patience_s: raise Overloaded once the service has answered nothing of the step for so long.
+        patience_s: raise Overloaded once the service has answered nothing of the step for so long,
+        VersionGone once the step has waited so long for a version that is there.
         id: what to call the step in logs.
         """
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         step, id = Step(rows), id or uuid4().hex[:12]
+        began, gone_s = 0, 0.0
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
@@ -292,10 +294,11 @@ class RewardClient:
                     try:
                         return await sending.send(step, tokenizer, on_arrival)
                     except VersionGone as gone:
-                        if version:
+                        wait = backoff(began := began + 1)
+                        if version or (gone_s := gone_s + wait) > patience_s:
                             raise
                         logger.warning(f"step={id} begins again: {gone}")
-                        await asyncio.sleep(backoff(1))
+                        await asyncio.sleep(wait)
         except TimeoutError:
             raise StepTimeout(
                 f"application {self.app!r} did not score step {id} within timeout_s = {timeout_s:g}"
@@ -400,7 +403,7 @@ class Sending:
             if isinstance(reply, dict):
                 self.answered_at = time.monotonic()
                 return reply
-            if isinstance(reply, VersionGone):
+            if isinstance(reply, VersionGone | UnknownReward):
                 raise reply
             if isinstance(reply, Overloaded):
                 await self._wait_for_room(reply)

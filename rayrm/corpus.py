@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -293,6 +294,14 @@ class Parts:
             before["dtype"] = export.dtype
         if config.dtype == "auto":
             run["dtype"] = before.get("dtype")
+        if before.get("export") in export.old_versions:
+            warnings.warn(
+                f"{self.directory} was begun by {before['export']}, which is the version that "
+                f"earlier rayrms gave the weights of {export.version}: it goes on, and rows that "
+                "are scored from now on have the new name",
+                stacklevel=3,
+            )
+            before["export"] = export.version
         differences = [
             f"{k} {before.get(k)}, now {v}" for k, v in run.items() if before.get(k) != v
         ]

@@ -37,7 +37,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import rayrm
 from rayrm.callers import this_caller
-from rayrm.client import RewardClient
+from rayrm.client import RewardClient, backoff
 from rayrm.config import OWN, HttpSection, ServeConfig
 from rayrm.engine import Rewards
 from rayrm.errors import (
@@ -51,7 +51,7 @@ from rayrm.errors import (
 from rayrm.export import load_template
 from rayrm.foreign import open_model
 from rayrm.template import Row, Template, is_ids
-from rayrm.versions import read_record
+from rayrm.versions import Served, read_record
 
 # A replica that has not said anything by then is no use to a load balancer.
 HEALTH_SECONDS = 5.0
@@ -176,7 +176,7 @@ class Endpoint:
         self.replicas = replicas
         self._templates: dict[str, Template] = {}
         self._tokenizing = ThreadPoolExecutor(1, "tokenize")  # the loop stays free for /health
-        self._served_template()  # what fails, fails now
+        self._template_for("")  # what fails, fails now
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         token = read_token(self.config.http)
@@ -242,20 +242,27 @@ class Endpoint:
 
     async def _score_queries(self, request: RewardRequest) -> Rewards:
         """Rewards by the version whose template told prompts from responses."""
-        loop = asyncio.get_running_loop()
+        loop, began, gone_s = asyncio.get_running_loop(), 0, 0.0
+        until = loop.time() + self.client.timeout_s
         while True:
-            build = partial(self._rows, request)
+            build = partial(self._rows, request, _caller_name())
             version, made_by, rows, errors = await loop.run_in_executor(self._tokenizing, build)
             _refuse(errors)
             try:
-                rewards = await self._score(rows, made_by, version)
+                rewards = await self._score(rows, made_by, version, until - loop.time())
             except VersionGone:
+                wait = backoff(began := began + 1)
+                if (gone_s := gone_s + wait) > PATIENCE_S:
+                    raise
+                await asyncio.sleep(wait)
                 continue
             _refuse({i: error for i, error in enumerate(rewards.errors) if error is not None})
             return rewards
 
-    def _rows(self, request: RewardRequest) -> tuple[str, str, list[Row], dict[int, RowError]]:
-        version, template = self._served_template()
+    def _rows(
+        self, request: RewardRequest, caller: str
+    ) -> tuple[str, str, list[Row], dict[int, RowError]]:
+        version, template = self._template_for(caller)
         rows: list[Row] = []
         errors: dict[int, RowError] = {}
         for i, (query, prompt) in enumerate(zip(request.query, request.prompts, strict=True)):
@@ -267,19 +274,26 @@ class Endpoint:
                 errors[i] = error
         return version, template.spec.fingerprint, rows, errors
 
-    def _served_template(self) -> tuple[str, Template]:
-        """The version that is served, and how its rows are built."""
+    def _template_for(self, caller: str) -> tuple[str, Template]:
+        """The version that scores a caller of that name, and how its rows are built."""
         record = read_record(self.app_name)
-        export = record.current.export if record else self.config.export
-        version = record.current.version if record else ""
-        if version not in self._templates:
-            directory, found = open_model(export)
+        served = (
+            record.chosen_for(caller) if record else Served(export=self.config.export, version="")
+        )
+        if served.version not in self._templates:
+            directory, found = open_model(served.export)
             template = load_template(directory, found, self.config.max_length)
-            self._templates = {version: template}
-        return version, self._templates[version]
+            wanted = {other.version for other in record.wanted} if record else set()
+            kept = {version: t for version, t in self._templates.items() if version in wanted}
+            self._templates = {**kept, served.version: template}
+        return served.version, self._templates[served.version]
 
     async def _score(
-        self, rows: list[Row], tokenizer: str | None, version: str | None = None
+        self,
+        rows: list[Row],
+        tokenizer: str | None,
+        version: str | None = None,
+        timeout_s: float | None = None,
     ) -> Rewards:
         context = _get_serve_request_context()
         here = await asyncio.to_thread(this_caller)
@@ -287,7 +301,8 @@ class Endpoint:
             rows,
             tokenizer,
             version=version,
-            caller=replace(here, name=f"http {context._client.rpartition(':')[0]}".strip()),
+            timeout_s=timeout_s,
+            caller=replace(here, name=_caller_name()),
             patience_s=PATIENCE_S,
             id=context.request_id,
         )
@@ -388,6 +403,11 @@ async def _on_service_error(_: Request, error: Exception) -> JSONResponse:
     if isinstance(error, Overloaded):
         return _answer(429, str(error), {"retry-after": str(math.ceil(error.retry_after_s))})
     return _answer(503, str(error), {"retry-after": str(RETRY_AFTER_S)})
+
+
+def _caller_name() -> str:
+    """What queues, logs and trials know the client of this request by: its address."""
+    return f"http {_get_serve_request_context()._client.rpartition(':')[0]}".strip()
 
 
 def _refuse(errors: Mapping[int, RowError]) -> None:

@@ -1,7 +1,9 @@
 """The Serve application: replicas that merge what several callers send into full packs.
 
 deploy() starts it or gives it another export, try_out() lets one score a share of the callers or
-none, promote() and rollback() end that, and build() makes it from a Serve config. A Replica holds
+none, promote() and rollback() end that, delete() ends the application, and build() makes it from a
+Serve config. What they do goes by the record, whatever Serve says of the replicas' health: it is
+when a replica has died that somebody rolls back. A Replica holds
 the Models, its TokenQueue decides what is computed next; with http.enabled, an Endpoint answers in
 front of the replicas. Knows nothing of how a step is cut into chunks, and nothing of training.
 """
@@ -12,10 +14,12 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import ray
@@ -30,13 +34,13 @@ from ray.serve.handle import DeploymentHandle
 
 from rayrm.adapters import read_adapters
 from rayrm.autoscale import OUTSTANDING, OutstandingTokens
-from rayrm.callers import Caller, CallsInProgress, Ticket
+from rayrm.callers import Caller, CallsInProgress, Ticket, this_caller
 from rayrm.chunk import Chunk
 from rayrm.client import REPLICA
 from rayrm.config import OWN, HttpSection, ServeConfig
 from rayrm.endpoint import Endpoint
 from rayrm.engine import Encoded, RewardModel, Rewards
-from rayrm.errors import ConfigError, Overloaded, ServiceError, VersionGone
+from rayrm.errors import ConfigError, Overloaded, ServiceError, UnknownReward, VersionGone
 from rayrm.export import read_identity
 from rayrm.foreign import open_model, pinned
 from rayrm.known import KnownRewards
@@ -45,7 +49,18 @@ from rayrm.model import check_max_length, load_config
 from rayrm.packing import TokenGroup
 from rayrm.queue import ModelBroken, TokenQueue
 from rayrm.shadow import Comparison, Difference, merge
-from rayrm.versions import Models, Record, Served, Trial, read_record, together, write_record
+from rayrm.versions import (
+    Models,
+    Record,
+    Served,
+    Staged,
+    Trial,
+    change_record,
+    delete_record,
+    read_record,
+    together,
+    unstaged,
+)
 
 logger = logging.getLogger("ray.serve")
 
@@ -55,6 +70,9 @@ MAX_ONGOING_REQUESTS = 1024
 # How often replicas are asked whether they hold what is staged, and how long they may take to say.
 STAGING_POLL_S = 0.5
 STAGING_TIMEOUT_S = 10.0
+
+# How long replicas are asked how what is in the shadow differs: Serve replaces one that died.
+COMPARING_S = 60.0
 
 # So many chunks wait at most to be scored once more, by a version in the shadow.
 CHUNKS_SHADOWED = 16
@@ -80,14 +98,7 @@ def deploy(config: ServeConfig) -> None:
     if not ray.is_initialized():
         ray.init()
     _start_serve(config.http)
-    running = _find_running(config.app)
-    if running and running.current != served:
-        running = swap(running, served)
-    if running is None or running.config != config:
-        started = together(config.export, config.adapters)
-        new = Record(config=config, started=started, current=served)
-        write_record(new.model_copy(update={"previous": running and running.previous}))
-        _run(config)
+    _serve(config, served)
 
 
 def try_out(app: str, export: str, share: float = 0.0) -> Served:
@@ -102,99 +113,187 @@ def try_out(app: str, export: str, share: float = 0.0) -> Served:
     """
     if not 0 <= share <= 1:
         raise ConfigError(f"share = {share}: must be from 0 (answers nobody) to 1 (all callers)")
-    running = _running_record(app)
-    _, served = locate_export(running.config.model_copy(update={"export": export}))
-    _load_beside(running, served)
-    _replace(running, {"trial": Trial(served=served, share=share, since=time.time())})
+    _, served = locate_export(_known(app).config.model_copy(update={"export": export}))
+    trial = Trial(served=served, share=share, since=time.time())
+    _load_beside(app, served, lambda record: record.model_copy(update={"trial": trial}))
     return served
 
 
 def promote(app: str) -> Served:
     """Let the version on trial score all callers from their next step on; says what that is."""
-    running = _running_record(app)
-    if running.trial is None:
-        raise ServiceError(f"application {app!r} has no version on trial: try one out first")
-    _switch(running, running.trial.served)
-    return running.trial.served
+
+    def change(record: Record) -> Record:
+        if record.trial is None:
+            raise ServiceError(f"application {app!r} has no version on trial: try one out first")
+        return switched(record, record.trial.served)
+
+    return _change(app, change).current
 
 
 def rollback(app: str) -> Served:
     """End the trial; without one, serve again what was served before. Says what is served then."""
-    running = _running_record(app)
-    if running.trial:
-        _replace(running, {"trial": None})
-        return running.current
-    if running.previous is None:
+    record = _known(app)
+    if record.trial:
+        return _change(app, partial(_without, record.trial)).current
+    if (previous := record.previous) is None:
         raise ServiceError(f"application {app!r} has no version before this one")
-    deploy(running.config.model_copy(update=running.previous.place))
-    return running.previous
+    _serve(record.config.model_copy(update=previous.place), previous)
+    return previous
+
+
+def _without(trial: Trial, record: Record) -> Record:
+    if record.trial != trial:
+        raise ServiceError(f"the trial of {record.config.app!r} was ended by somebody else")
+    return record.model_copy(update={"trial": None})
+
+
+def delete(app: str) -> None:
+    """End the application and forget what it serves. Raises ServiceError where there is neither."""
+    deployed = serve.status().applications
+    if app in deployed:
+        serve.delete(app)  # first: a replica that starts would write the record again
+    if not delete_record(app) and app not in deployed:
+        names = ", ".join(map(repr, deployed)) or "none"
+        raise ServiceError(f"no application {app!r} to delete; deployed: {names}")
 
 
 def compare(app: str) -> Difference:
-    """How the rewards of the version in the shadow differ from those of the current one."""
-    replicas = serve.get_deployment_handle(REPLICA, app).broadcast("difference")
-    return merge(replicas.results(timeout_s=STAGING_TIMEOUT_S))
+    """How the rewards of the version in the shadow differ from those of the current one.
+
+    As far as the replicas know that live. Raises ServiceError where there is no such application.
+    """
+    _known(app)
+    handle = serve.get_deployment_handle(REPLICA, app)
+    deadline = time.monotonic() + COMPARING_S
+    while (told := _ask_all(handle, "difference")) is None and _running(app):
+        if time.monotonic() > deadline:
+            raise ServiceError(f"not all replicas of {app!r} answer")
+        time.sleep(STAGING_POLL_S)
+    return merge(told or [])
 
 
-def swap(running: Record, served: Served) -> Record:
+def swap(app: str, served: Served) -> Record:
     """Let every replica load it beside what it serves, then make it the current one.
 
     Raises ServiceError, and leaves things as they are, where a replica cannot load it.
     """
-    _load_beside(running, served)
-    return _switch(running, served)
+    return _load_beside(app, served, lambda record: switched(record, served))
 
 
-def _find_running(app: str) -> Record | None:
+def switched(record: Record, served: Served) -> Record:
+    """The record once that is served, and nothing else is staged or tried."""
+    after = {
+        "config": record.config.model_copy(update=served.place),
+        "current": served,
+        "previous": record.before(served),
+        "staged": None,
+        "trial": None,
+    }
+    return record.model_copy(update=after)
+
+
+def _serve(config: ServeConfig, served: Served) -> None:
+    """Let the application serve that: in its replicas where some run, else in new ones."""
+    record = read_record(config.app)
+    if record and _runs(config.app):
+        if record.current != served:
+            record = swap(config.app, served)
+        if record.config == config:
+            return
+    started = together(config.export, config.adapters)
+    new = Record(config=config, started=started, current=served)
+
+    def change(found: Record | None) -> Record:
+        return new.model_copy(update={"previous": found and found.before(served)})
+
+    change_record(config.app, change)
+    _run(config)
+    if (found := read_record(config.app)) is None or found.config != config:
+        raise ServiceError(f"application {config.app!r} was deployed by somebody else meanwhile")
+
+
+def _runs(app: str) -> bool:
+    """Whether replicas can be given something else to serve: some run, or ran and will again."""
     there = serve.status().applications.get(app)
-    return read_record(app) if there and there.status == "RUNNING" else None
+    if there and there.status == "DEPLOYING":
+        return _running(app) > 0
+    return bool(there and there.status in ("RUNNING", "UNHEALTHY"))
 
 
-def _running_record(app: str) -> Record:
-    if (record := _find_running(app)) is None:
+def _running(app: str) -> int:
+    there = serve.status().applications.get(app)
+    replicas = there and there.deployments.get(REPLICA)
+    return replicas.replica_states.get("RUNNING", 0) if replicas else 0
+
+
+def _known(app: str) -> Record:
+    """The record of an application that Serve has."""
+    record = read_record(app)
+    if record is None or app not in serve.status().applications:
         raise ServiceError(f"application {app!r} does not run: deploy it first")
     return record
 
 
-def _replace(running: Record, changes: dict[str, Any]) -> Record:
-    write_record(record := running.model_copy(update=changes))
-    return record
+def _change(app: str, change: Callable[[Record], Record]) -> Record:
+    _known(app)
+
+    def change_there(record: Record | None) -> Record:
+        if record is None:
+            raise ServiceError(f"application {app!r} was deleted meanwhile")
+        return change(record)
+
+    changed = change_record(app, change_there)
+    assert changed is not None
+    return changed
 
 
-def _switch(running: Record, served: Served) -> Record:
-    config = running.config.model_copy(update=served.place)
-    after = {"config": config, "current": served, "previous": running.current, "trial": None}
-    return _replace(running, after)
+def _load_beside(app: str, served: Served, change: Callable[[Record], Record]) -> Record:
+    """Once every replica holds it, write what change makes of the record.
 
+    Raises ServiceError where one cannot load it, or where somebody else stages something meanwhile.
+    However it ends, nothing is left staged by it.
+    """
+    staged = Staged(served=served, owner=this_caller(), id=uuid4().hex)
 
-def _load_beside(running: Record, served: Served) -> None:
-    """Return when every replica holds it. Raises ServiceError where one cannot load it."""
-    app = running.config.app
-    staged = running.model_copy(update={"staged": served})
-    write_record(staged)
-    handle = serve.get_deployment_handle(REPLICA, app)
+    def change_mine(record: Record) -> Record:
+        if record.staged != staged:
+            raise ServiceError(f"application {app!r} was deployed by somebody else meanwhile")
+        return change(record).model_copy(update={"staged": None})
+
     try:
-        while not _all_hold(handle, served):
-            if read_record(app) != staged:
+        _change(app, lambda record: record.model_copy(update={"staged": staged}))
+        handle = serve.get_deployment_handle(REPLICA, app)
+        while not _all_hold(handle, staged):
+            if (record := read_record(app)) is None or record.staged != staged:
                 raise ServiceError(f"application {app!r} was deployed by somebody else meanwhile")
             time.sleep(STAGING_POLL_S)
-    except ServiceError:
-        if read_record(app) == staged:
-            write_record(running)
+        return _change(app, change_mine)
+    except BaseException:  # Ctrl-C too
+        change_record(app, unstaged(staged))
         raise
 
 
-def _all_hold(handle: DeploymentHandle[Any], served: Served) -> bool:
-    try:
-        replicas = handle.broadcast("catch_up").results(timeout_s=STAGING_TIMEOUT_S)
-    except (TimeoutError, RayActorError):  # one of them died or hangs: Serve replaces it
-        return False
-    except DeploymentUnavailableError:  # none is there: those that come will load it
-        return True
+def _all_hold(handle: DeploymentHandle[Any], staged: Staged) -> bool:
+    app, pin = handle.app_name, staged.served.pin
+    if (replicas := _ask_all(handle, "catch_up")) is None:
+        return not _running(app)  # those that come will load it
     for replica in replicas:
-        if why := replica["failed"].get(served.pin):
-            raise ServiceError(f"a replica cannot load {served.export}: {why}")
-    return all(served.pin in replica["versions"] for replica in replicas)
+        if "staged" not in replica:
+            raise ServiceError(
+                f"replicas of {app!r} were started by an older rayrm, and do not see what is "
+                "deployed now: delete the application and deploy it again"
+            )
+        if replica["staged"] == staged.id and (why := replica["failed"].get(pin)):
+            raise ServiceError(f"a replica cannot load {staged.served.export}: {why}")
+    return all(pin in replica["versions"] for replica in replicas)
+
+
+def _ask_all(handle: DeploymentHandle[Any], method: str) -> list[Any] | None:
+    """What each replica says; None while one that died or hangs is there, or none at all."""
+    try:
+        return list(handle.broadcast(method).results(timeout_s=STAGING_TIMEOUT_S))
+    except (TimeoutError, RayActorError, DeploymentUnavailableError):
+        return None
 
 
 def _run(config: ServeConfig) -> None:
@@ -347,7 +446,7 @@ class Replica:
 
     async def score(
         self, chunk: Chunk, ticket: Ticket
-    ) -> dict[str, Rewards] | Overloaded | VersionGone:
+    ) -> dict[str, Rewards] | Overloaded | VersionGone | UnknownReward:
         """Rewards of a chunk's rows by name, in its order; or why they are not scored now."""
         self.calls += 1
         self.in_progress.note(ticket)
@@ -358,15 +457,16 @@ class Replica:
             with self.queue.admit(ticket.caller, cost), self.in_progress.call(ticket):
                 model = await self.models.get(ticket.version)
                 rewards = await self._score(model, chunk, ticket)
-        except (Overloaded, VersionGone) as refusal:
+        except (Overloaded, VersionGone, UnknownReward) as refusal:
             self.refused += 1
             self.metrics.refused(refusal)
             return refusal  # raised, it would be logged by Serve with its traceback
         except ModelBroken:
             logger.exception(f"step={ticket.step} part={ticket.part} this replica ends itself")
             os._exit(1)  # Serve starts another, and callers send again what this one had
-        if self.models.shadow and OWN in rewards and ticket.version in ("", self.models.current):
-            self._shadow(self.models.shadow, chunk, rewards[OWN])
+        trial = self.models.shadow
+        if trial and OWN in rewards and ticket.version in ("", self.models.current):
+            self._shadow(trial, chunk, rewards[OWN])
         return rewards
 
     async def _score(self, model: RewardModel, chunk: Chunk, ticket: Ticket) -> dict[str, Rewards]:
@@ -450,13 +550,14 @@ class Replica:
 
     def stats(self) -> dict[str, Any]:
         """What this replica did since it started, and what waits."""
-        model = self.models.held[self.models.current]
+        model, staged = self.models.model, self.models.record.staged
         return {
             "pid": os.getpid(),
             "version": model.version,
             "versions": sorted(self.models.held),
             "dtype": model.dtype,
-            "failed": self.models.failed,
+            "failed": {version: of.why for version, of in self.models.failed.items()},
+            "staged": staged.id if staged else "",
             "shadow": self.models.shadow.served.pin if self.models.shadow else "",
             "calls": self.calls,
             "refused": self.refused,

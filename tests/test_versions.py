@@ -27,9 +27,9 @@ from rayrm.versions import (
     Models,
     Record,
     Served,
+    change_record,
     delete_record,
     read_record,
-    write_record,
 )
 from tests.test_serve import assert_same, before_each_pack, stats, texts, until
 
@@ -171,7 +171,7 @@ def test_an_export_that_cannot_be_loaded_leaves_the_old_one_served(
     record = read_record(APP)
     assert record is not None
     with pytest.raises(ServiceError, match=r"cannot load .*ExportError: .* not tiny@0"):
-        swap(record, Served(export=str(other_export), version="tiny@0"))
+        swap(APP, Served(export=str(other_export), version="tiny@0"))
     assert read_record(APP) == record
     assert_same(client.score(*texts(2, 2)), models[old].score(*texts(2, 2)))
     assert all(old in replica["versions"] for replica in stats(APP))
@@ -197,7 +197,7 @@ def test_a_replica_that_missed_the_news_finds_out_by_itself(
     record = read_record(APP)
     assert record is not None and record.current.version != new
     news = Served(export=str(other_export), version=new)
-    write_record(record.model_copy(update={"current": news}))
+    change_record(APP, lambda _: record.model_copy(update={"current": news}))
     assert_same(client.score(*texts(40, 2), version=new), models[new].score(*texts(40, 2)))
     until(lambda: all(replica["version"] == new for replica in stats(APP)))
 
@@ -205,7 +205,8 @@ def test_a_replica_that_missed_the_news_finds_out_by_itself(
 def test_what_is_found_must_be_what_was_deployed(cluster: None, tiny_export: Path) -> None:
     config = ServeConfig(export=str(tiny_export), dtype="float32", app="changed")
     old = Served(export=str(tiny_export), version="old@1")
-    write_record(Record(config=config, started=config.export, current=old))
+    record = Record(config=config, started=config.export, current=old)
+    change_record("changed", lambda _: record)
     try:
         with pytest.raises(ExportError, match=r"holds .*, and not old@1"):
             load, tell = (
