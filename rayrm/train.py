@@ -109,7 +109,7 @@ def fit(config: TrainConfig) -> TrainResult:
             f"storage = {config.storage!r} lies in the job's copy of its working directory, which "
             "Ray deletes: give an absolute path that all nodes share, or a URI"
         )
-    claim(config, run)
+    config = claim(config, run)
     if exists(f"{run}/export/{RECORD}"):
         log.warning("run %r is finished, its export is at %s/export", config.name, run)
         return read_result(run)
@@ -321,19 +321,29 @@ def exists(path: str) -> bool:
     return bool(filesystem.get_file_info(inside).type != fs.FileType.NotFound)
 
 
-def claim(config: TrainConfig, run: str) -> None:
-    """Note the config beside the run, or refuse to resume it under another one."""
-    mine = config.model_dump(mode="json", exclude=FREE)
+def claim(config: TrainConfig, run: str) -> TrainConfig:
+    """Note the config beside the run, or refuse to resume it under another one.
+
+    Returns the config that the run goes on with: its steps are those that it was started with.
+    """
     filesystem, path = fs.FileSystem.from_uri(run)
     if not exists(f"{run}/config.json"):
         filesystem.create_dir(path, recursive=True)
         with filesystem.open_output_stream(f"{path}/.config.json") as out:
             out.write(config.model_dump_json(indent=2).encode())
         filesystem.move(f"{path}/.config.json", f"{path}/config.json")  # whole or not there
-        return
-    with filesystem.open_input_file(f"{path}/config.json") as noted:
-        # Read as a config: what it does not name, an older version's, has its default.
-        theirs = TrainConfig(**json.loads(noted.read())).model_dump(mode="json", exclude=FREE)
+        return config
+    with filesystem.open_input_file(f"{path}/config.json") as file:
+        noted = json.loads(file.read())
+    their_train = noted.setdefault("train", {})
+    if "pairs_per_group" not in their_train:  # started when a prompt was always one group
+        their_train["pairs_per_group"] = None
+        if config.train.pairs_per_group == TrainSection().pairs_per_group:
+            train = config.train.model_copy(update={"pairs_per_group": None})
+            config = config.model_copy(update={"train": train})
+    mine = config.model_dump(mode="json", exclude=FREE)
+    # Read as a config: what it does not name, an older version's, has its default.
+    theirs = TrainConfig(**noted).model_dump(mode="json", exclude=FREE)
     differ = sorted(_flat(mine).items() ^ _flat(theirs).items())
     if differ:
         keys = sorted({key for key, _ in differ})
@@ -341,6 +351,7 @@ def claim(config: TrainConfig, run: str) -> None:
             f"{run} was started with another config (differs in {', '.join(keys)}): give this run "
             "another name, or remove the directory"
         )
+    return config
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
