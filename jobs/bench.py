@@ -430,7 +430,8 @@ def read_group(record: Figures) -> PreferenceGroup:
     rows = [np.array(row, dtype=np.int32) for row in record["rows"]]
     choice = np.arange(len(chosen), dtype=np.int64)
     tokens = TokenGroup.from_rows(rows)
-    return PreferenceGroup(tokens, chosen, rejected, zeros, zeros + 1, choice, "", "")
+    n = len(chosen)
+    return PreferenceGroup(tokens, chosen, rejected, zeros, zeros + 1, choice, n, n, "", "")
 
 
 # Ray Train and ZeRO

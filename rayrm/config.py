@@ -120,8 +120,12 @@ class TrainSection(Section):
     """Passes over the training groups; a fraction stops early."""
     groups_per_step: int = Field(16, ge=1)
     """Groups in one optimizer step, over all workers. For pair data: pairs."""
+    pairs_per_group: int | None = Field(64, ge=1)
+    """Most pairs of one group: a prompt with more is split into several, if possible so that none
+    of its responses is in two. null: a prompt is one group whatever its size."""
     tokens_per_micro_batch: int = Field(4096, ge=8)
-    """Token budget of a pack. Changes speed and memory, never the result."""
+    """Token budget of a pack; a group above it is computed in pieces, down to one row. Changes
+    speed and memory, never the result."""
     learning_rate: float = Field(1e-5, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """After the warm-up; cosine and linear fall to 0."""

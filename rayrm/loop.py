@@ -13,7 +13,9 @@ import math
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ from rayrm.checkpoint import load_shards, save_shards
 from rayrm.config import TrainConfig, TrainSection
 from rayrm.data import Group, read_groups
 from rayrm.dataset import PreferenceData, PreferenceGroup, Schedule, encode_groups
-from rayrm.errors import ConfigError, DataError, TrainingError
+from rayrm.errors import ConfigError, DataError, ModelError, TrainingError
 from rayrm.evaluate import ScoredGroup, summarize
 from rayrm.hardware import choose_dtype, fast_dtype
 from rayrm.lora import add_adapters, check_frozen, hash_frozen
@@ -52,7 +54,7 @@ from rayrm.model import (
     pack_tensors,
     read_ends,
 )
-from rayrm.packing import Pack, share_packs
+from rayrm.packing import Pack, TokenGroup, share_packs, split_group
 from rayrm.rendering import ChatTemplate
 from rayrm.run import read_config, with_dtype, write_config
 from rayrm.template import Template, TemplateSpec
@@ -102,6 +104,7 @@ class Rank:
         model, template = load_model(config)
         self.frozen_sha256 = hash_frozen(model)
         self.train, self.held_out = load_data(config, template)
+        check_ids([self.train, self.held_out], model, config.model.path)
         self.schedule = Schedule(
             len(self.train),
             config.train.groups_per_step,
@@ -122,33 +125,53 @@ class Rank:
                     f"the checkpoint of step {state['step']} was trained on other data: data.train "
                     "has changed since the run was started; give this run another name"
                 )
+            # One that does not say was trained with every prompt as one group.
+            if state.get("groups", self.train.report.groups) != len(self.train):
+                raise TrainingError(
+                    f"the checkpoint of step {state['step']} was trained with other groups: "
+                    "train.pairs_per_group has changed since the run was started; set it back "
+                    "(null: every prompt is one group), or give this run another name"
+                )
             check_frozen(self.frozen_sha256, state["frozen_sha256"], config.model.path)
             self.step, self.history = state["step"], state["history"]
         events = f"{config.storage}/{config.name}/tensorboard" if config.train.tensorboard else None
         self.metrics = TrainMetrics(config.name, events, self.step) if self.rank == 0 else None
 
     def train_step(self) -> None:
-        """One optimizer step: this rank's packs forward and backward, then everyone's update."""
+        """One optimizer step: this rank's packs forward and backward, then everyone's update.
+
+        A group above the budget of a micro-batch is cut where no pair connects its responses, and
+        what is above it still by responses.
+        """
         started = time.perf_counter()
         self.engine.train()
         # Dropout is drawn by step, so that a resumed run draws what it would have drawn.
         torch.manual_seed(seed_of(self.config.train.seed, self.step, self.rank))
         groups = [self.train[i] for i in self.schedule[self.step]]
-        pairs = sum(group.pairs for group in groups)
         weight = sum(self.weight(group) for group in groups)
+        budget = self.config.train.tokens_per_micro_batch
+        pieces = [piece for group in groups for piece in group.pieces(budget)]
+        small = [piece for piece in pieces if piece.tokens.tokens <= budget]
+        large = [piece for piece in pieces if piece.tokens.tokens > budget]
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        scored: list[tuple[list[PreferenceGroup], Tensor]] = []
-        for share in self.share(groups):
-            rewards = self.forward(share or groups[:1])
+        scored: list[tuple[list[str], Tensor]] = []
+        for indices in self.share([piece.tokens for piece in small]):
+            share = [small[i] for i in indices]
+            rewards = self.forward([piece.tokens for piece in share] or one_row(groups))
             loss, share_sums = self.loss(rewards, share)
             # DeepSpeed averages over ranks; the loss is the mean over what all of them compare.
             self.engine.backward(loss / weight * self.world_size, scale_wrt_gas=False)
             sums += share_sums
-            scored.append((share, rewards.detach()))
+            scored.append((sources(share), rewards.detach()))
+        if large:
+            large_sums, mine = self.train_large(large, weight)
+            sums += large_sums
+            scored.append(mine)
         dist.all_reduce(sums)
         loss_sum, right, margin = sums.tolist()
         if not math.isfinite(loss_sum):
             self.stop_at_bad_rows(scored)
+        decided = sum(int((group.label != 0.5).sum()) for group in groups)
         rate = learning_rate(self.config.train, self.step, self.schedule.steps)
         for param_group in self.engine.optimizer.param_groups:
             param_group["lr"] = rate
@@ -164,11 +187,11 @@ class Rank:
             {
                 "step": self.step,
                 "loss": loss_sum / weight,
-                "accuracy": right / pairs,
-                "margin": margin / pairs,
+                "accuracy": right / decided if decided else None,
+                "margin": margin / decided if decided else None,
                 "learning_rate": rate,
                 "grad_norm": grad_norm,
-                "pairs": pairs,
+                "pairs": sum(group.pairs for group in groups),
                 "tokens": tokens,
                 "tokens_unshared": sum(group.tokens.tokens_unshared for group in groups),
                 "seconds": time.perf_counter() - started,
@@ -177,22 +200,80 @@ class Rank:
         if self.metrics:
             self.metrics.step(self.history[-1])
 
-    def share(self, groups: Sequence[PreferenceGroup]) -> list[list[PreferenceGroup]]:
-        """This rank's micro-batches, as many as every other rank's; some may be empty."""
-        costs = [group.tokens.tokens for group in groups]
-        plan = share_packs(costs, self.world_size, self.config.train.tokens_per_micro_batch)
-        return [[groups[i] for i in indices] for indices in plan[self.rank]]
+    def train_large(
+        self, groups: Sequence[PreferenceGroup], weight: float
+    ) -> tuple[Tensor, tuple[list[str], Tensor]]:
+        """Forward and backward of groups above the budget, in pieces that all ranks share.
 
-    def forward(self, groups: Sequence[PreferenceGroup]) -> Tensor:
+        The loss couples the responses of a group. So their rewards come first, without a graph;
+        with the loss's gradient by reward each piece is computed again and goes backward: the same
+        gradients as of the whole, at a forward more (gradient caching, Gao et al. 2021,
+        arXiv:2101.06983). Returns the sums of `loss`, once for all ranks, and the rewards that this
+        rank computed, with the sources of their rows.
+        """
+        pieces = self.cut([group.tokens for group in groups])
+        plan = self.share([piece.tokens for piece in pieces])
+        rewards = self.score(pieces, plan).requires_grad_()
+        loss, sums = self.loss(rewards, groups)
+        (gradient,) = torch.autograd.grad(loss / weight * self.world_size, rewards)
+        for micro_batch, indices in enumerate(plan):
+            share = [pieces[i] for i in indices]
+            self.seed_piece(micro_batch)
+            again = self.forward([piece.tokens for piece in share] or one_row(groups))
+            at = places(share)
+            pulled = (again * gradient[at]).sum() if share else again.sum() * 0.0
+            self.engine.backward(pulled, scale_wrt_gas=False)
+        at = places([pieces[i] for indices in plan for i in indices])
+        names = sources(groups)
+        mine = [names[i] for i in at], rewards.detach()[at]
+        return (sums if self.rank == 0 else torch.zeros_like(sums)), mine
+
+    @torch.no_grad()
+    def score(self, pieces: Sequence[Piece], plan: Sequence[Sequence[int]]) -> Tensor:
+        """Rewards [K] of all pieces, of which this rank computes those of its plan, on every rank.
+
+        Dropout is what it will be when train_large computes the same micro-batch again.
+        """
+        computed = []
+        for micro_batch, indices in enumerate(plan):
+            self.seed_piece(micro_batch)
+            computed.append(self.forward([pieces[i].tokens for i in indices or [0]]))
+        rewards = computed[0].new_zeros(sum(len(piece.tokens.suffixes) for piece in pieces))
+        for indices, found in zip(plan, computed, strict=True):
+            if indices:
+                rewards[places([pieces[i] for i in indices])] = found
+        dist.all_reduce(rewards)
+        return rewards
+
+    def seed_piece(self, micro_batch: int) -> None:
+        torch.manual_seed(seed_of(self.config.train.seed, self.step, self.rank, micro_batch))
+
+    def cut(self, groups: Sequence[TokenGroup]) -> list[Piece]:
+        """The groups in pieces of at most the budget of a micro-batch, or of one row."""
+        budget, pieces, start = self.config.train.tokens_per_micro_batch, [], 0
+        for group in groups:
+            for responses in split_group(group, budget):
+                pieces.append(Piece(group.part(responses), start + responses.start))
+            start += len(group.suffixes)
+        return pieces
+
+    def share(self, groups: Sequence[TokenGroup]) -> list[list[int]]:
+        """This rank's micro-batches, as many as every other rank's, by index; some may be empty."""
+        costs = [group.tokens for group in groups]
+        budget = self.config.train.tokens_per_micro_batch
+        return share_packs(costs, self.world_size, budget)[self.rank]
+
+    def forward(self, groups: Sequence[TokenGroup]) -> Tensor:
         """Rewards [K] of the groups' responses, in order."""
-        pack = Pack.from_groups([group.tokens for group in groups])
-        rewards: Tensor = self.engine(*pack_tensors(pack, self.device))
+        rewards: Tensor = self.engine(*pack_tensors(Pack.from_groups(groups), self.device))
         return rewards
 
     def loss(self, rewards: Tensor, groups: Sequence[PreferenceGroup]) -> tuple[Tensor, Tensor]:
         """Summed loss of a micro-batch and [loss, pairs ranked right, margins], summed, fp64.
 
-        Without groups (another rank has more of them) the loss is 0 and keeps the graph.
+        A tie is half right; a pair whose label is a half has no winner and counts in the loss
+        alone, as in an evaluation. Without groups (another rank has more of them) the loss is 0 and
+        keeps the graph.
         """
         if not groups:
             return rewards.sum() * 0.0, rewards.new_zeros(3, dtype=torch.float64)
@@ -208,17 +289,26 @@ class Rank:
                 label_smoothing=self.config.loss.label_smoothing,
             )
         margins = (rewards[pairs.chosen] - rewards[pairs.rejected]).detach()
-        margins = torch.where(pairs.label < 0.5, -margins, margins)
-        return loss, torch.stack([loss.detach(), (margins > 0).sum(), margins.sum()]).double()
+        winner = (pairs.label - 0.5).sign()  # 1 chosen, -1 rejected, 0 neither
+        margins = margins * winner
+        right = (margins.sign() + 1) / 2 * winner.abs()
+        return loss, torch.stack([loss.detach(), right.sum(), margins.sum()]).double()
 
     def comparisons(self, group: PreferenceGroup) -> int:
         """What the objective sums over in a group: its pairs, or its choices."""
         ranked = self.config.loss.objective == "plackett_luce"
         return group.choices if ranked else group.pairs
 
-    def weight(self, group: PreferenceGroup) -> int:
-        """What a group counts for in its step, and its comparisons together."""
-        return 1 if self.config.loss.weighting == "prompt" else self.comparisons(group)
+    def weight(self, group: PreferenceGroup) -> float:
+        """What a group counts for in its step, and its comparisons together.
+
+        Weighted by prompt, a part of one counts for its share of the prompt's comparisons.
+        """
+        if self.config.loss.weighting == "pair":
+            return self.comparisons(group)
+        ranked = self.config.loss.objective == "plackett_luce"
+        prompt = group.prompt_choices if ranked else group.prompt_pairs
+        return self.comparisons(group) / prompt
 
     @torch.no_grad()
     def evaluate(self) -> None:
@@ -226,16 +316,11 @@ class Rank:
         self.engine.eval()
         assert self.held_out is not None
         groups = [self.held_out[i] for i in range(len(self.held_out))]
-        mine: list[ScoredGroup] = []
-        for share in self.share(groups):
-            rewards = self.forward(share or groups[:1]).cpu().numpy()
-            for group in share:
-                count = len(group.tokens.suffixes)
-                mine.append(scored_group(group, rewards[:count]))
-                rewards = rewards[count:]
-        everyone: list[list[ScoredGroup]] = [[]] * self.world_size
-        dist.all_gather_object(everyone, mine)
-        figures = summarize([group for part in everyone for group in part])
+        pieces = self.cut([group.tokens for group in groups])
+        rewards = self.score(pieces, self.share([piece.tokens for piece in pieces])).cpu().numpy()
+        ends = np.cumsum([len(group.tokens.suffixes) for group in groups])[:-1]
+        scored = map(scored_group, groups, np.split(rewards, ends))
+        figures = summarize([*scored])
         for key in ("accuracy", "loss", "margin"):
             self.history[-1][f"eval_{key}"] = figures[key]
         if self.metrics:
@@ -276,17 +361,18 @@ class Rank:
             "step": self.step,
             "history": self.history,
             "data_fingerprint": self.train.fingerprint,
+            "groups": len(self.train),
             "frozen_sha256": self.frozen_sha256,
         }
 
-    def stop_at_bad_rows(self, scored: Sequence[tuple[list[PreferenceGroup], Tensor]]) -> None:
+    def stop_at_bad_rows(self, scored: Sequence[tuple[list[str], Tensor]]) -> None:
         """Raise the same TrainingError on every rank, naming step, ranks and rows."""
-        bad: list[str] = []
-        for share, rewards in scored:
-            counts = [len(group.tokens.suffixes) for group in share]
-            for group, part in zip(share, rewards[: sum(counts)].split(counts), strict=True):
-                if not part.isfinite().all():
-                    bad.append(group.source)
+        found: dict[str, None] = {}
+        for rows, rewards in scored:
+            # Without rows the reward is of a row that stands in for a micro-batch.
+            finite = rewards[: len(rows)].isfinite().tolist()
+            found |= {row: None for row, known in zip(rows, finite, strict=True) if not known}
+        bad = list(found)
         everyone: list[list[str]] = [[]] * self.world_size
         dist.all_gather_object(everyone, bad)
         where = "; ".join(f"rank {r}: {', '.join(rows)}" for r, rows in enumerate(everyone) if rows)
@@ -314,6 +400,29 @@ def decide_dtype(config: TrainConfig, rank: int) -> TrainConfig:
     if rank == 0:
         log.info("%s computes in %s", config.name, dtype)
     return with_dtype(config, dtype)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some of a group's responses, and where among those of all groups the first of them is."""
+
+    tokens: TokenGroup
+    start: int
+
+
+def places(pieces: Sequence[Piece]) -> list[int]:
+    """Where among those of all groups the pieces' responses are."""
+    return [p.start + i for p in pieces for i in range(len(p.tokens.suffixes))]
+
+
+def one_row(groups: Sequence[PreferenceGroup]) -> list[TokenGroup]:
+    """What a rank computes for nothing where the others have one more micro-batch."""
+    return [groups[0].tokens.part(range(1))]
+
+
+def sources(groups: Sequence[PreferenceGroup]) -> list[str]:
+    """Where each response comes from."""
+    return [group.source for group in groups for _ in group.tokens.suffixes]
 
 
 def load_model(config: TrainConfig) -> tuple[PreTrainedModel, Template]:
@@ -364,18 +473,56 @@ def load_data(
     for paths, split in ((data.train, "train"), (data.eval, "test")):
         if paths:
             groups, read = read_groups(paths, split=split, on_bad_record=data.on_bad_record)
-            if config.loss.objective == "plackett_luce" and split == "train":
-                check_ranked(groups)
-            encoded.append(encode_groups(groups, template, data.overlong_rows))
+            training = split == "train"
+            ranked = config.loss.objective == "plackett_luce" and training
+            limit = config.train.pairs_per_group if training else None
+            if ranked:
+                check_ranked(groups, limit)
+            encoded.append(
+                encode_groups(
+                    groups,
+                    template,
+                    data.overlong_rows,
+                    together=training,
+                    pairs_per_group=limit,
+                    whole_choices=ranked,
+                )
+            )
             log.info("%s: %s; %s", split, read, encoded[-1].report)
     if get_context().get_local_rank() == 0:
         dist.barrier()
-    return encoded[0], encoded[1] if data.eval else None
+    held_out = encoded[1] if data.eval else None
+    if held_out and held_out.undecided and config.train.keep_best:
+        raise DataError(
+            f"{', '.join(data.eval)}: no held-out pair has a winner (every label is 0.5), so there "
+            f"is no {config.train.keep_best} for train.keep_best: leave it out, or name other data"
+        )
+    return encoded[0], held_out
 
 
-def check_ranked(groups: Sequence[Group]) -> None:
-    """Raises DataError where a preference is more than an order, which is all a ranking has."""
+def check_ids(data: Sequence[PreferenceData | None], model: PreTrainedModel, path: str) -> None:
+    """Raises ModelError where encoded rows hold ids that the model has no embedding for."""
+    largest, there = max(d.largest_id for d in data if d), model.config.vocab_size
+    if largest >= there:
+        raise ModelError(
+            f"the data, as the tokenizer of {path} encodes it, holds token id {largest}; the model "
+            f"has embeddings for {there} tokens: use the tokenizer that it was trained with"
+        )
+
+
+def check_ranked(groups: Sequence[Group], limit: int | None) -> None:
+    """Raises DataError where a preference is more than an order, which is all a ranking has.
+
+    And where a choice has more pairs than a group may have, since it cannot be split.
+    """
     for group in groups:
+        pairs = max(Counter(p.choice for p in group.preferences).values())
+        if limit is not None and pairs > limit:
+            raise DataError(
+                f"{group.source}: a record of this prompt ranks a response above {pairs} others, "
+                f"and train.pairs_per_group is {limit}: a choice of loss.objective = "
+                f"'plackett_luce' cannot be split; set it to {pairs} or more"
+            )
         for preference in group.preferences:
             if preference.margin != 0.0 or preference.label != 1.0:
                 raise DataError(
@@ -429,8 +576,8 @@ def start_engine(config: TrainConfig, model: PreTrainedModel) -> deepspeed.DeepS
     return engine
 
 
-def seed_of(seed: int, step: int, rank: int) -> int:
-    return int(np.random.default_rng([seed, step, rank]).integers(2**63))
+def seed_of(*numbers: int) -> int:
+    return int(np.random.default_rng(numbers).integers(2**63))
 
 
 def shard_directory(run: str, rank: int) -> Path:

@@ -10,7 +10,7 @@ from datetime import date
 
 from pyarrow import fs
 
-from rayrm.config import TrainConfig
+from rayrm.config import TrainConfig, TrainSection
 
 NOTE = "config.json"
 
@@ -25,7 +25,9 @@ def read_config(run: str) -> TrainConfig | None:
         return None
     with filesystem.open_input_file(f"{path}/{NOTE}") as noted:
         values = json.loads(noted.read())
-    values["data"].setdefault("rule", "template")  # runs that do not name one knew no other
+    # Runs that do not name these knew no other rule, and no parts of a prompt's pairs.
+    values["data"].setdefault("rule", "template")
+    values["train"].setdefault("pairs_per_group", None)
     return TrainConfig(**values)
 
 
@@ -41,6 +43,10 @@ def as_decided(config: TrainConfig, noted: TrainConfig) -> TrainConfig:
     """The config with what it leaves open as the run's first start decided it."""
     if config.train.dtype == "auto":
         config = with_dtype(config, noted.train.dtype)
+    whole = noted.train.pairs_per_group is None
+    if whole and config.train.pairs_per_group == TrainSection().pairs_per_group:
+        train = config.train.model_copy(update={"pairs_per_group": None})
+        config = config.model_copy(update={"train": train})
     left_open = {"rule": "auto", "date": None}
     decided = {
         key: getattr(noted.data, key)

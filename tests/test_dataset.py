@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,8 @@ import pytest
 
 from rayrm.data import Group, Message, Preference, Text
 from rayrm.dataset import EncodeReport, PreferenceData, Schedule, encode_groups
-from rayrm.errors import DataError
-from rayrm.template import Template, TemplateSpec, fingerprint
+from rayrm.errors import DataError, RowError
+from rayrm.template import Row, Template, TemplateSpec, fingerprint
 from tests.tiny import byte_tokenizer
 
 
@@ -116,6 +116,73 @@ def test_pairs_that_become_identical_are_dropped_and_counted() -> None:
     assert len(data[0].tokens.suffixes) == 2
 
 
+def test_a_prompt_of_many_pairs_is_split_into_parts_that_add_up_to_it() -> None:
+    """A chain of five pairs is cut; two pairs that share a response, and a lone one, are not."""
+    template = byte_template()
+    chain = [Preference(i, i + 1, margin=i, choice=i) for i in range(5)]
+    others = [Preference(6, 7, label=0.75, choice=5), Preference(6, 8, choice=5)]
+    others.append(Preference(9, 10, choice=6))
+    many = group("Hi", [chr(97 + i) for i in range(11)], [*chain, *others])
+    few = group("Ho", ["x", "y", "z"], [(0, 1), (1, 2), (0, 2)])
+    data = encode_groups([many, few], template, "truncate", pairs_per_group=3)
+    split = [data[i] for i in range(len(data))]
+    read = [
+        [
+            (part.tokens.rows[c][3:-1].tolist(), part.tokens.rows[r][3:-1].tolist(), m, p)
+            for c, r, m, p in zip(part.chosen, part.rejected, part.margin, part.label, strict=True)
+        ]
+        for part in split
+    ]
+    letters = [[template.tokenizer.decode(c + r) for c, r, *_ in part] for part in read]
+    assert letters == [["ab", "bc", "cd"], ["de", "ef", "jk"], ["gh", "gi"], ["xy", "yz", "xz"]]
+    assert [[m for *_, m, _ in part] for part in read][:2] == [[0, 1, 2], [3, 4, 0]]
+    assert [p for *_, p in read[2]] == [0.75, 1.0]
+    assert [(part.prompt_pairs, part.prompt_choices) for part in split] == [(8, 7)] * 3 + [(3, 1)]
+    assert [part.choices for part in split] == [3, 3, 1, 1]
+    assert {part.source for part in split} == {"file.jsonl:7"}
+    assert all(template.tokenizer.decode(part.tokens.prefix) == "Hi\n" for part in split[:3])
+    assert data.report == EncodeReport(groups=2, pairs=11, split_groups=1)
+
+
+def test_a_prompt_up_to_the_limit_is_encoded_as_without_one() -> None:
+    groups = [group("Hi", ["a", "b", "c", "d"], [(2, 3), (0, 1)]), group("Ho", ["a", "b"])]
+    whole, limited = (
+        encode_groups(groups, byte_template(), "truncate", pairs_per_group=n) for n in (None, 2)
+    )
+    assert len(whole) == len(limited) == 2 and whole.report == limited.report
+    for i in range(2):
+        for one, other in zip(astuple(whole[i]), astuple(limited[i]), strict=True):
+            np.testing.assert_equal(one, other)
+
+
+def test_held_out_rows_are_each_cut_by_themselves_and_none_is_left_out() -> None:
+    """As they are where they are served: b fits whole, and c does when its prompt is cut."""
+    template = byte_template(12)
+    long = group("012345", ["a", "bcdef", "cccccc", "a</s>"], [(0, 1), (2, 1), (0, 3)])
+    data = encode_groups([long], template, "truncate", together=False)
+    assert texts(data, 0, template) == [
+        "012345\na</s>",
+        "12345\nbcdef</s>",
+        "2345\ncccccc</s>",
+        "012345\na</s>",
+    ]
+    assert data.report == EncodeReport(groups=1, pairs=3, truncated_groups=1)
+    rows = [Row("012345", response) for response in long.responses]
+    for row, ids, found in zip(rows, template.encode(rows), data[0].tokens.rows, strict=True):
+        assert not isinstance(ids, RowError)
+        np.testing.assert_array_equal(found, template.fit(row, ids, "truncate")[0])
+
+
+def test_the_data_knows_its_largest_id_and_whether_anything_is_preferred() -> None:
+    template = byte_template()
+    undecided = [Preference(0, 1, label=0.5)]
+    data = encode_groups([group("\xff", ["a", "b"], undecided)], template, "truncate")
+    assert data.largest_id == max(max(row) for row in data[0].tokens.rows)
+    assert data.undecided
+    decided = [group("Hi", ["a", "b"], undecided), group("Ho", ["a", "b"])]
+    assert not encode_groups(decided, template, "truncate").undecided
+
+
 def test_empty_responses_are_dropped_and_counted() -> None:
     empty = group("Hi", ["</s>", "a", "b"], [(1, 0), (1, 2)])
     data = encode_groups([empty], byte_template(), "truncate")
@@ -165,7 +232,10 @@ def test_whatever_changes_the_ids_is_encoded_anew(cache: Path) -> None:
     encode_groups(groups, chat, "truncate")
     other_end = encode_groups(groups, byte_template(eos="<end>"), "truncate")
     assert texts(other_end, 0, template) == ["Hi\na<end>", "Hi\nb<end>"]
-    assert len(list(cache.iterdir())) == 9
+    encode_groups(groups, template, "truncate", together=False)
+    encode_groups(groups, template, "truncate", pairs_per_group=1)
+    encode_groups(groups, template, "truncate", pairs_per_group=1, whole_choices=True)
+    assert len(list(cache.iterdir())) == 12
 
 
 # The order of training ----------------------------------------------------------------------------

@@ -32,10 +32,10 @@ from ray.train.v2._internal.execution.storage import StorageContext
 from torch import Tensor
 
 from rayrm import TrainConfig, fit, loop, train
-from rayrm.dataset import PreferenceGroup
 from rayrm.errors import TrainingError
 from rayrm.export import publish, read_export
 from rayrm.loop import Rank, train_loop
+from rayrm.packing import TokenGroup
 from rayrm.progress import shown
 from rayrm.train import TrainResult, claim, export_run, run_directory
 from tests.conftest import make_base
@@ -138,7 +138,7 @@ class Doomed(Noting):
         self.micro_batches = 0
         super().train_step()
 
-    def forward(self, groups: Sequence[PreferenceGroup]) -> Tensor:
+    def forward(self, groups: Sequence[TokenGroup]) -> Tensor:
         """Rank 1 dies between the micro-batches of the fifth step, the second of epoch two."""
         if self.rank == 1 and self.step == 4 and self.micro_batches == 1:
             wait_for_uploads()

@@ -132,7 +132,7 @@ def train_and_resume(
         groups = [resumed.train[i] for i in range(5)]
         resumed.engine.eval()
         with torch.no_grad():
-            rewards = resumed.forward(groups).numpy()
+            rewards = resumed.forward([group.tokens for group in groups]).numpy()
         found[name] = {
             "losses": [h["loss"] for h in whole.history],
             "grad_norms": [h["grad_norm"] for h in whole.history],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def every_objective(values: dict[str, Any]) -> list[dict[str, Any]]:
         rank = Rank(TrainConfig(**(values | {"loss": loss})))
         groups = [rank.train[i] for i in rank.schedule[0]]
         with torch.no_grad():
-            rewards = [rank.forward([group]).tolist() for group in groups]
+            rewards = [rank.forward([group.tokens]).tolist() for group in groups]
         while rank.step < rank.schedule.steps:
             rank.train_step()
         ranked = loss.get("objective") == "plackett_luce"
@@ -189,6 +190,118 @@ def test_every_objective_trains_and_its_steps_do_not_depend_on_how_they_are_cut(
         assert np.mean(accuracy[-3:]) > 0.9 > 0.8 > np.mean(accuracy[:3])
         first_losses.append(losses[0][0])
     assert len({round(loss, 4) for loss in first_losses}) == len(OBJECTIVES)
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts of one pair to 90: stars, chains, lone pairs and rankings, some of equal pairs."""
+    rng = np.random.default_rng(1)
+
+    def text(i: int) -> str:
+        return " ".join(rng.choice(COLOURS, int(rng.integers(1, 9)))) + f" {i}"
+
+    several = [text(i) for i in range(120)]
+    compared = [(0, i) for i in range(1, 21)] + [(i, i + 1) for i in range(20, 50)]
+    compared += [(i, i + 1) for i in range(60, 120, 2)]
+    records: list[dict[str, Any]] = [
+        {"prompt": "crowded", "chosen": several[a], "rejected": several[b], "label": label}
+        for (a, b), label in zip(compared, rng.choice([1.0, 0.8, 0.5, 0.3], 80), strict=True)
+    ]
+    records += [{"prompt": f"{i} pink", "chosen": text(1), "rejected": text(2)} for i in range(3)]
+    records.append({"prompt": "four", "responses": [*map(text, range(4))], "ranks": [1, 2, 2, 3]})
+    return write(tmp_path_factory.mktemp("crowded") / "train.jsonl", records)
+
+
+def write(file: Path, records: list[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return file
+
+
+BUDGETS = [8, 150, 1_000_000]
+
+
+def note(tokens: list[int], _: torch.nn.Module, given: tuple[Any, ...]) -> None:
+    tokens.append(len(given[0]))
+
+
+def every_budget(values: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """On each rank: all steps under every budget, and the tokens of each forward by who made it."""
+    found: dict[int, dict[str, Any]] = {}
+    for budget in BUDGETS:
+        values["train"]["tokens_per_micro_batch"] = budget
+        rank = Rank(TrainConfig(**values))
+        tokens: list[int] = []
+        rank.engine.module.register_forward_pre_hook(partial(note, tokens))
+        while rank.step < rank.schedule.steps:
+            rank.train_step()
+        rank.evaluate()
+        everyone: list[list[int]] = [[]] * rank.world_size
+        dist.all_gather_object(everyone, tokens)
+        shards = f"{values['storage']}/budget{budget}"
+        save_shards(rank.engine, shards, {})
+        dist.barrier()
+        data = [*(rank.train[i] for i in range(len(rank.train)))]
+        assert rank.held_out is not None
+        data += [rank.held_out[i] for i in range(len(rank.held_out))]
+        found[budget] = {
+            "history": rank.history,
+            "forwards": [(len(t), max(t)) for t in everyone],
+            "longest": max(len(row) for group in data for row in group.tokens.rows),
+            "weights": {n: w.numpy() for n, w in consolidate(shards).items()},
+            "pairs": [group.pairs for group in data[: len(rank.train)]],
+        }
+    return found
+
+
+CROWDED_LOSSES: list[dict[str, Any]] = [
+    {"centering": 0.01, "weighting": "prompt"},
+    {"objective": "plackett_luce"},
+]
+
+
+@pytest.mark.parametrize(
+    ("stage", "loss"),
+    [
+        (0, CROWDED_LOSSES[0]),
+        pytest.param(3, CROWDED_LOSSES[0], marks=pytest.mark.slow),
+        pytest.param(2, CROWDED_LOSSES[1], marks=pytest.mark.slow),
+    ],
+    ids=["pairs, zero 0", "pairs, zero 3", "choices, zero 2"],
+)
+def test_a_step_is_the_same_however_small_the_pieces_it_is_cut_into(
+    base: Path, crowded: Path, tmp_path: Path, stage: int, loss: dict[str, Any]
+) -> None:
+    """And no forward holds more than the budget, or one row; every rank makes as many."""
+    if "objective" in loss:
+        records = [json.loads(line) for line in crowded.read_text().splitlines()]
+        hard = [{k: v for k, v in record.items() if k != "label"} for record in records]
+        crowded = write(tmp_path / "hard.jsonl", hard)
+    train = {"groups_per_step": 2, "pairs_per_group": 24, "eval_every": 1}
+    config = configure(
+        base,
+        crowded,
+        tmp_path,
+        train=train,
+        loss=loss,
+        deepspeed={"zero_stage": stage},
+        cluster={"workers": 2},
+    )
+    result = make_trainer(config, run_directory(config), every_budget).fit()
+    assert isinstance(result, Result) and result.return_value
+    found = result.return_value
+    whole = found[BUDGETS[-1]]
+    assert max(whole["pairs"]) == 24 and sum(whole["pairs"]) == 88 and len(whole["pairs"]) == 8
+    assert max(largest for _, largest in whole["forwards"]) > 600
+    for budget, cut in found.items():
+        counts, largest = zip(*cut["forwards"], strict=True)
+        assert len(set(counts)) == 1
+        assert max(largest) <= max(budget, cut["longest"])
+        for one, other in zip(whole["history"], cut["history"], strict=True):
+            for figure in ("loss", "accuracy", "margin"):
+                assert other[figure] == pytest.approx(one[figure], abs=2e-6)
+            assert other["pairs"] == one["pairs"] and other["tokens"] == one["tokens"]
+        for name, weight in whole["weights"].items():
+            np.testing.assert_allclose(cut["weights"][name], weight, rtol=0, atol=1e-4)
 
 
 def test_training_learns_what_it_is_shown(base: Path, data: Path, tmp_path: Path) -> None:
@@ -287,6 +400,60 @@ def test_a_name_in_use_by_another_config_is_refused(base: Path, data: Path, tmp_
     other = configure(base, data, tmp_path, train={"learning_rate": 1.0})
     with pytest.raises(TrainingError, match=r"train\.learning_rate"):
         fit(other)
+
+
+def test_a_run_from_before_prompts_were_split_goes_on_with_whole_ones(
+    base: Path, crowded: Path, tmp_path: Path
+) -> None:
+    """Its record does not name the field; a run that does is not changed under its checkpoints."""
+    config = configure(base, crowded, tmp_path, train={"checkpoint_every": 1})
+    run = run_directory(config)
+    assert claim(config, run).train.pairs_per_group == 64
+    record = tmp_path / "run/config.json"
+    noted = json.loads(record.read_text())
+    del noted["train"]["pairs_per_group"]
+    record.write_text(json.dumps(noted))
+    assert claim(config, run).train.pairs_per_group is None
+    for asked in (None, 63):
+        other = configure(
+            base, crowded, tmp_path, train={"pairs_per_group": asked, "checkpoint_every": 1}
+        )
+        if asked is None:
+            assert claim(other, run) == other
+        else:
+            with pytest.raises(TrainingError, match=r"train\.pairs_per_group"):
+                claim(other, run)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_other_groups_is_not_resumed(
+    base: Path, crowded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where the record of the config is gone, which would have told."""
+    with monkeypatch.context() as patched, pytest.raises(TrainingError, match="cut off"):
+        patched.setattr("rayrm.train.train_loop", _stop_after_two_steps)
+        fit(
+            configure(
+                base, crowded, tmp_path, train={"pairs_per_group": None, "groups_per_step": 1}
+            )
+        )
+    (tmp_path / "run/config.json").unlink()
+    with pytest.raises(
+        TrainingError, match=r"step 2 was trained with other groups: train\.pairs_per"
+    ):
+        fit(configure(base, crowded, tmp_path, train={"groups_per_step": 1}))
+
+
+def test_a_choice_of_more_pairs_than_a_group_may_have_is_refused_with_its_numbers(
+    base: Path, tmp_path: Path
+) -> None:
+    best = {"prompt": "p", "chosen": "best", "rejected": [f"{i}" for i in range(9)]}
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    data = write(tmp_path / "best.jsonl", [pair, best])
+    sections: dict[str, Any] = {"loss": {"objective": "plackett_luce"}}
+    train = {"pairs_per_group": 8, "epochs": 0.1}
+    with pytest.raises(DataError, match=r"best\.jsonl:2: .* 9 others.*pairs_per_group is 8.* to 9"):
+        fit(configure(base, data, tmp_path, train=train, **sections))
 
 
 def test_nan_stops_training_and_names_step_rank_and_rows(
