@@ -31,6 +31,8 @@ def main() -> None:
     except RayrmError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     print(f"{args.target}: {scored}")
+    if scored.unrewarded == scored.rows:
+        sys.exit("no row has a reward: the column `reward_error` says why")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A corpus of prompts and responses → the same corpus with rewards, over the whole cluster.
 
-IN is read twice: once for what is in it, once to score the parts that are missing. A part that is
+IN is read twice: once for what is in it, once to score the parts that are missing; both times the
+files that were there at first, without OUT and its parts. A part that is
 scored lies whole in OUT.parts, and when all are there they are joined to OUT. So a run that was
 killed goes on where it was, and ends in the same bytes. Memory holds the parts in flight, and all
 of a file that is one JSON array. Knows nothing of Serve's applications, nor of training.
@@ -37,7 +38,7 @@ from rayrm.errors import ConfigError, DataError, ServiceError
 from rayrm.foreign import open_model
 from rayrm.hardware import fast_dtype
 from rayrm.serve import load_replica, locate_export
-from rayrm.sources import open_sources
+from rayrm.sources import PARTS, RUN, open_sources
 from rayrm.template import Row
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -65,9 +66,10 @@ Records = Sequence[tuple[str, Any]]
 class ScoredCorpus:
     """What became of a corpus.
 
-    resumed: rows that an earlier run had scored. failed: rows with an error, among those that this
-    run scored in `seconds`, the start of its replicas included. dtype: what rewards were computed
-    in. ignored_files: found in a directory or by a glob, but not read.
+    resumed: rows that an earlier run had scored. failed: rows with an error, unrewarded: without
+    any reward, among those that this run scored in `seconds`, the start of its replicas included.
+    dtype: what rewards were computed in. ignored_files: found in a directory or by a glob, but not
+    read.
     """
 
     rows: int
@@ -76,6 +78,7 @@ class ScoredCorpus:
     seconds: float
     dtype: str
     ignored_files: list[str]
+    unrewarded: int = 0
 
     def __str__(self) -> str:
         scored = self.rows - self.resumed
@@ -117,50 +120,76 @@ def score_corpus(
     if target.exists():
         raise DataError(f"{target.resolve()} exists: move it away, or write to another file.")
     config, _ = locate_export(config)
-    corpus = Corpus.survey(source, split, part_rows, to_parquet=target.suffix == ".parquet")
+    files, ignored = list_files(source, split, target)
+    to_parquet = target.suffix == ".parquet"
+    corpus = Corpus.survey(files, split, part_rows, to_parquet=to_parquet)
     parts = Parts(target, corpus)
     config = parts.claim(corpus.fingerprint, config)
     missing = [p for p in range(corpus.parts) if not parts.file(p).exists()]
     resumed = corpus.rows - sum(corpus.rows_of(p) for p in missing)
-    failed, began = 0, time.monotonic()
+    failed, unrewarded, began = 0, 0, time.monotonic()
     with _bar(corpus.rows, resumed) as bar, _scorers(config, len(missing)) as scorers:
         for part, rewards in _score(scorers, corpus.read(missing)):
-            failed += parts.write(part, rewards)
+            columns = part.columns(rewards, corpus.many)
+            parts.write(part, columns)
+            failed += sum(map(any, _each(columns["reward_error"])))
+            unrewarded += sum(all(v is None for v in row) for row in _each(columns["reward"]))
             bar.update(len(part.records))
     seconds = time.monotonic() - began
     parts.join()
-    return ScoredCorpus(corpus.rows, resumed, failed, seconds, config.dtype, corpus.ignored_files)
+    return ScoredCorpus(corpus.rows, resumed, failed, seconds, config.dtype, ignored, unrewarded)
+
+
+def list_files(source: str, split: str, target: Path) -> tuple[list[str], list[str]]:
+    """What source names, to be opened one by one, and the files that are passed by.
+
+    The target, and what lies beside it on the way there, are no part of either.
+    """
+    own = target.resolve()
+    beside = own.with_name(_parts_name(own)), own.with_name(_partial_name(own))
+
+    def foreign(name: str) -> bool:
+        path = Path(name).resolve()
+        return path != own and not any(b in (path, *path.parents) for b in beside)
+
+    ignored = list[str]()
+    names = [name for name, _ in open_sources(source, split, ignored)]
+    # A hub dataset is opened by what was given for it.
+    files = [name if Path(name).exists() else source for name in names if foreign(name)]
+    if not files:
+        raise DataError(f"{source}: no files in it but those of {target}.")
+    return files, [name for name in ignored if foreign(name)]
 
 
 @dataclass(frozen=True)
 class Corpus:
     """Where the rows are, and what a first reading found in them.
 
-    many: some row has a list of responses. fingerprint: sha256 of the rows. schema: of the rows in
-    Parquet, None where they are to be JSON.
+    digests: of the rows of each part, to know them by when they are read again. many: some row has
+    a list of responses. fingerprint: sha256 of the rows. schema: of the rows in Parquet, None where
+    they are to be JSON.
     """
 
-    source: str
+    files: list[str]
     split: str
     part_rows: int
     rows: int
+    digests: list[bytes]
     fingerprint: str
     many: bool
     schema: pa.Schema | None
-    ignored_files: list[str]
 
     @classmethod
-    def survey(cls, source: str, split: str, part_rows: int, *, to_parquet: bool) -> Corpus:
+    def survey(cls, files: list[str], split: str, part_rows: int, *, to_parquet: bool) -> Corpus:
         """Read all rows once; DataError for what would be found out too late."""
-        digest, rows, many, ignored = hashlib.sha256(), 0, False, list[str]()
-        files = [Path(name) for name, _ in open_sources(source, split, ignored)]
-        is_parquet = all(file.suffix == ".parquet" for file in files)
+        digest, digests, rows, many = hashlib.sha256(), list[bytes](), 0, False
+        is_parquet = all(Path(file).suffix == ".parquet" for file in files)
         schema = _joined(
             [pq.read_schema(file) for file in files] if is_parquet else [pa.schema([])]
         )
-        for batch in _batches(_read(source, split), part_rows):
+        for batch in _batches(_read(files, split), part_rows):
+            digests.append(_digest(batch, digest))
             for where, record in batch:
-                digest.update(json.dumps(record, default=str).encode() + b"\n")
                 if not isinstance(record, dict):
                     continue
                 if taken := sorted(record.keys() & ADDED.keys()):
@@ -171,32 +200,34 @@ class Corpus:
                 schema = _joined([schema, pa.table(arrays).schema])
             rows += len(batch)
         if not rows:
-            raise DataError(f"{source}: no rows in it.")
+            raise DataError(f"{', '.join(files)}: no rows in it.")
+        found = digest.hexdigest()
         return cls(
-            source,
-            split,
-            part_rows,
-            rows,
-            digest.hexdigest(),
-            many,
-            schema if to_parquet else None,
-            ignored,
+            files, split, part_rows, rows, digests, found, many, schema if to_parquet else None
         )
 
     @property
     def parts(self) -> int:
-        return -(-self.rows // self.part_rows)
+        return len(self.digests)
 
     def rows_of(self, p: int) -> int:
         return min(self.part_rows, self.rows - p * self.part_rows)
 
     def read(self, wanted: Iterable[int]) -> Iterator[Part]:
-        """The wanted parts, in order."""
+        """The wanted parts, in order. DataError where they are not what the first reading found."""
         last = max(wanted := set(wanted), default=-1)
-        batches = _batches(_read(self.source, self.split), self.part_rows)
-        for p, batch in enumerate(islice(batches, last + 1)):
-            if p in wanted:
-                yield Part(p, batch)
+        batches = _batches(_read(self.files, self.split), self.part_rows)
+        for p in range(last + 1):
+            batch = next(batches, [])
+            if p not in wanted:
+                continue
+            if _digest(batch) != self.digests[p]:
+                raise DataError(
+                    f"rows {p * self.part_rows + 1} to {p * self.part_rows + self.rows_of(p)} of "
+                    f"{', '.join(self.files)} changed while they were scored: leave the files "
+                    "alone, and start again."
+                )
+            yield Part(p, batch)
 
 
 class Part:
@@ -262,7 +293,7 @@ class Parts:
     def __init__(self, target: Path, corpus: Corpus) -> None:
         self.target = target
         self.corpus = corpus
-        self.directory = target.with_name(f"{target.name}.parts")
+        self.directory = target.with_name(_parts_name(target))
 
     def file(self, p: int) -> Path:
         return self.directory / f"part-{p:08d}"
@@ -282,7 +313,7 @@ class Parts:
             "overlong": config.overlong,
             "deterministic": config.deterministic,
         }
-        record = self.directory / "run.json"
+        record = self.directory / RUN
         if not record.exists():
             run["dtype"] = _decide_dtype(config)
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -312,9 +343,8 @@ class Parts:
             )
         return config.model_copy(update={"dtype": run["dtype"]})
 
-    def write(self, part: Part, rewards: Rewards) -> int:
-        """Write a part that is scored; how many of its rows have an error."""
-        columns = part.columns(rewards, self.corpus.many)
+    def write(self, part: Part, columns: dict[str, list[Any]]) -> None:
+        """Write a part that is scored, with the columns that its rows got."""
         with _whole(self.file(part.index)) as file:
             if self.corpus.schema is not None:
                 arrays = _arrays(part.records, self.corpus.schema)
@@ -328,8 +358,6 @@ class Parts:
                     for i, record in enumerate(part.records)
                 )
                 file.write(gzip.compress(data, mtime=0) if self.target.suffix == ".gz" else data)
-        errors = columns["reward_error"]
-        return sum(any(e) if self.corpus.many else e is not None for e in errors)
 
     def join(self) -> None:
         """All parts, in order, as the target; then they are removed."""
@@ -443,10 +471,25 @@ def _room(config: ServeConfig) -> int:
     )
 
 
-def _read(source: str, split: str) -> Iterator[tuple[str, Any]]:
-    for name, rows in open_sources(source, split, []):
-        for row, record in rows:
-            yield f"{name}, row {row}", record
+def _read(files: Sequence[str], split: str) -> Iterator[tuple[str, Any]]:
+    for file in files:
+        for name, rows in open_sources(file, split, []):
+            for row, record in rows:
+                yield f"{name}, row {row}", record
+
+
+def _digest(batch: Records, whole: hashlib._Hash | None = None) -> bytes:
+    """Of the rows; whole goes on with them."""
+    lines = b"".join(json.dumps(row, default=str).encode() + b"\n" for _, row in batch)
+    if whole:
+        whole.update(lines)
+    return hashlib.sha256(lines).digest()
+
+
+def _each(column: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """The responses' values of each row, also where it has but one."""
+    for values in column:
+        yield values if isinstance(values, list) else [values]
 
 
 def _batches(rows: Iterator[tuple[str, Any]], size: int) -> Iterator[Records]:
@@ -485,10 +528,18 @@ def _line(record: dict[str, Any]) -> bytes:
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
+def _parts_name(target: Path) -> str:
+    return f"{target.name}{PARTS}"
+
+
+def _partial_name(path: Path) -> str:
+    return f".{path.name}.partial"
+
+
 @contextmanager
 def _whole(path: Path) -> Iterator[BinaryIO]:
     """A file that is there once the block is left, or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(_partial_name(path))
     with partial.open("wb") as file:
         yield file
     os.replace(partial, path)

@@ -223,7 +223,8 @@ def _runs(app: str) -> bool:
 def _running(app: str) -> int:
     there = serve.status().applications.get(app)
     replicas = there and there.deployments.get(REPLICA)
-    return replicas.replica_states.get("RUNNING", 0) if replicas else 0
+    states = replicas.replica_states.items() if replicas else ()
+    return sum(n for state, n in states if state == "RUNNING")
 
 
 def _known(app: str) -> Record:

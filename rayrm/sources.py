@@ -31,6 +31,9 @@ _SPLIT_WORDS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 
+# A corpus that is being scored into OUT has its parts in a directory OUT.parts, and its run there.
+PARTS, RUN = ".parts", "run.json"
+
 Rows = Iterable[tuple[int, Any]]
 """(row, record); a row that could not be decoded holds its DataError."""
 
@@ -70,6 +73,8 @@ def open_sources(path: str, split: str, ignored: list[str]) -> list[tuple[str, R
 
 
 def _readable(path: Path) -> bool:
+    if path.name == RUN and path.parent.name.endswith(PARTS):
+        return False
     return not path.is_dir() and path.name.endswith((*_JSON_SUFFIXES, *_ARROW_FORMATS))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from rayrm.corpus import (
     Part,
     Parts,
     ScoredCorpus,
+    _digest,
     _room,
     _score,
     _scorers,
@@ -250,7 +252,7 @@ def test_a_killed_job_goes_on_where_it_was_and_ends_in_the_same_bytes(
     score(source, uninterrupted, part_rows=8)
 
     parts = tmp_path / "out.jsonl.parts"
-    options = ("--part-rows", "8", "--replicas", "1")
+    options = ("--part-rows", "8", "--replicas", "1", "--dtype", "float32")
     killed = job(source, target, tiny_export, *options)
     deadline = time.monotonic() + 240
     while len(list(parts.glob("part-*"))) < 5:
@@ -278,11 +280,11 @@ def stop_after(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run ends when that many parts are written."""
     whole, left = Parts.write, [parts]
 
-    def write(self: Parts, *args: Any) -> int:
+    def write(self: Parts, *args: Any) -> None:
         if not left[0]:
             raise Stopped
         left[0] -= 1
-        return whole(self, *args)
+        whole(self, *args)
 
     monkeypatch.setattr(Parts, "write", write)
 
@@ -340,7 +342,9 @@ def test_a_run_killed_while_it_is_noted_can_be_started_again(
     tiny_export: Path, tmp_path: Path
 ) -> None:
     source = write(tmp_path / "in.jsonl", rows(4))
-    parts = Parts(tmp_path / "out.jsonl", Corpus.survey(str(source), "train", 2, to_parquet=False))
+    parts = Parts(
+        tmp_path / "out.jsonl", Corpus.survey([str(source)], "train", 2, to_parquet=False)
+    )
     config = ServeConfig(export=str(tiny_export), dtype="float32")
     with pytest.raises(TypeError):
         parts.claim(object(), config)  # type: ignore[arg-type]
@@ -378,6 +382,98 @@ def test_parts_of_another_run_are_refused(
     write(source, [*rows(39), {"id": 39, "prompt": "Another?", "response": "so."}])
     with pytest.raises(DataError, match=r"another run \(rows of IN "):
         score(source, target)
+
+
+def rewarded(target: Path) -> list[int]:
+    """Ids of the rows, all of which have a reward."""
+    found = read(target)
+    assert all(r["reward"] is not None for r in found)
+    return [r["id"] for r in found]
+
+
+@pytest.mark.parametrize("pattern", ["", "*", "**/*.json*"], ids=["directory", "glob", "deep"])
+def test_what_is_written_into_in_is_no_part_of_it(
+    score: Callable[..., ScoredCorpus],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pattern: str,
+) -> None:
+    """Also what an earlier run of it has left there, and one of another OUT."""
+    write(tmp_path / "rows.jsonl", rows(5))
+    for name, parts in (("a.jsonl", 0), ("other.jsonl", 1), ("a.jsonl", 1)):
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            stop_after(parts, patch)
+            score(tmp_path / pattern, tmp_path / name, part_rows=1)
+    (tmp_path / ".a.jsonl.partial").write_bytes(b"half an OU")
+    scored = score(tmp_path / pattern, tmp_path / "a.jsonl", part_rows=1)
+    assert rewarded(tmp_path / "a.jsonl") == [*range(5)]
+    assert (scored.rows, scored.resumed, scored.unrewarded) == (5, 1, 0)
+    left = {str(p) for p in (tmp_path / "other.jsonl.parts").iterdir()} if not pattern else set()
+    assert left <= set(scored.ignored_files), "of another run: passed by, and counted"
+    assert not any("a.jsonl" in name for name in scored.ignored_files)
+
+
+def test_files_that_come_while_others_are_scored_are_not_read(
+    score: Callable[..., ScoredCorpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "b.jsonl", rows(5))
+    survey = Corpus.survey
+
+    def late(*args: Any, **more: Any) -> Corpus:
+        found = survey(*args, **more)
+        write(tmp_path / "a.jsonl", [{"x": 1}] * 5)
+        return found
+
+    monkeypatch.setattr(Corpus, "survey", late)
+    score(tmp_path, tmp_path / "out.jsonl")
+    assert rewarded(tmp_path / "out.jsonl") == [*range(5)]
+
+
+@pytest.mark.parametrize("now", [rows(8)[:6], rows(9), rows(8)[::-1], rows(4)])
+def test_rows_that_change_while_they_are_scored_are_refused(
+    score: Callable[..., ScoredCorpus],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    now: Records,
+) -> None:
+    source = write(tmp_path / "in.jsonl", rows(8))
+    survey = Corpus.survey
+
+    def late(*args: Any, **more: Any) -> Corpus:
+        found = survey(*args, **more)
+        write(source, now)
+        return found
+
+    monkeypatch.setattr(Corpus, "survey", late)
+    with pytest.raises(DataError, match=r"rows \d to \d of .*in.jsonl changed while"):
+        score(source, tmp_path / "out.jsonl", part_rows=5)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_source_that_holds_only_what_is_written_is_refused(
+    score: Callable[..., ScoredCorpus], tmp_path: Path
+) -> None:
+    (tmp_path / "out.jsonl.parts").mkdir()
+    (tmp_path / "out.jsonl.parts/rows.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"no files in it but those of .*out\.jsonl"):
+        score(tmp_path, tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize(("column", "status"), [("answer", 1), ("response", 0)])
+def test_a_job_that_rewards_no_row_fails(
+    score: Callable[..., ScoredCorpus],
+    tiny_export: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    column: str,
+    status: int,
+) -> None:
+    records = [{"prompt": "Name a fruit.", "answer": "Plum."}, {"prompt": "Name", column: "Pear."}]
+    source, target = write(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl"
+    monkeypatch.setattr("sys.argv", ["score.py", *map(str, (tiny_export, source, target))])
+    with pytest.raises(SystemExit, match="no row has a reward") if status else nullcontext():
+        runpy.run_path("jobs/score.py", run_name="__main__")
+    assert len(read(target)) == 2
 
 
 @pytest.mark.parametrize(
@@ -421,8 +517,10 @@ def test_rows_are_read_as_they_come_and_not_all_at_once(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         list(lines)
     with pytest.raises(DataError, match="row 1: has a column `reward` already"):
-        Corpus.survey(source, "train", 2, to_parquet=False)
-    found = Corpus(source, "train", 2, 100_000, "", False, None, []).read([1, 49_999])
+        Corpus.survey([source], "train", 2, to_parquet=False)
+    digests = [_digest([("", {"reward": i}), ("", {"reward": i + 1})]) for i in (0, 2)]
+    digests += [b""] * 49_998
+    found = Corpus([source], "train", 2, 100_000, digests, "", False, None).read([1, 49_999])
     assert next(found).records == [{"reward": 2}, {"reward": 3}]
     with pytest.raises(DataError, match="cannot be read"):
         next(found)

@@ -26,8 +26,9 @@ from rayrm.config import ServeConfig
 from rayrm.endpoint import _on_service_error, read_token
 from rayrm.engine import RewardModel
 from rayrm.errors import ConfigError, Overloaded, ServiceError, StepTimeout
-from rayrm.serve import build, deploy
+from rayrm.serve import build, deploy, rollback, try_out
 from rayrm.template import fingerprint
+from rayrm.versions import Served, change_record, read_record
 from tests.conftest import tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -301,6 +302,57 @@ def test_openrlhf_gets_no_reward_where_a_row_has_none(
 def test_queries_and_prompts_are_as_many(port: int) -> None:
     status, answer = ask(port, "/get_reward", {"query": ["ab", "ab"], "prompts": ["a"]})
     assert status == 422 and "2 queries, 1 prompts" in answer["message"]
+
+
+def openrlhf(port: int) -> tuple[int, Any]:
+    """The answer to PROMPTS and RESPONSES as OpenRLHF sends them."""
+    prompts = [rendered(prompt) for prompt in PROMPTS]
+    query = [f"{p}{r}<|im_end|>" for p, r in zip(prompts, RESPONSES, strict=True)]
+    return ask(port, "/get_reward", {"query": query, "prompts": prompts})
+
+
+def test_openrlhf_is_scored_by_the_canary_where_its_address_is_drawn(
+    port: int, local: RewardModel, other_export: Path
+) -> None:
+    canary = RewardModel.load(other_export, "cpu")
+    drawn = set()
+    try:
+        for share in (0.0, 0.3, 0.7, 1.0):
+            served = try_out("web", str(other_export), share)
+            record = read_record("web")
+            assert record is not None
+            drawn.add(chosen := record.chosen_for("http 127.0.0.1").version)
+            model = {canary.version: canary, local.version: local}[chosen]
+            status, answer = openrlhf(port)
+            assert status == 200
+            expected = model.score(PROMPTS, RESPONSES).values
+            np.testing.assert_allclose(answer["rewards"], expected, atol=1e-5)
+            assert ask(port, "/score", rows(PROMPTS, RESPONSES))[1]["versions"] == [chosen] * 4
+        assert drawn == {local.version, served.version}
+    finally:
+        rollback("web")
+    assert openrlhf(port)[1]["rewards"] == pytest.approx(
+        list(local.score(PROMPTS, RESPONSES).values)
+    )
+
+
+def test_http_gives_up_on_a_version_that_no_replica_has(port: int, tiny_export: Path) -> None:
+    """It asks a few times, with growing pauses, and then says 503."""
+
+    def refused() -> int:
+        stats = serve.get_deployment_handle(REPLICA, "web").stats.remote().result(timeout_s=30)
+        return int(stats["refused"])
+
+    record, before = read_record("web"), refused()
+    assert record is not None
+    gone = Served(export=str(tiny_export), version="gone@1")
+    change_record("web", lambda _: record.model_copy(update={"current": gone}))
+    try:
+        for answer in (openrlhf(port), ask(port, "/score", rows(["a"], ["b"]))):
+            assert answer[0] == 503 and "gone@1" in answer[1]["message"]
+        assert 2 * 3 <= refused() - before <= 2 * 6
+    finally:
+        change_record("web", lambda _: record)
 
 
 def test_the_handle_works_beside_http(port: int, local: RewardModel) -> None:

@@ -214,7 +214,7 @@ def test_a_corpus_goes_on_in_what_its_first_start_decided(
 ) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text('{"prompt": "Name a fruit", "response": "plums"}\n')
-    corpus = Corpus.survey(str(source), "train", 8, to_parquet=False)
+    corpus = Corpus.survey([str(source)], "train", 8, to_parquet=False)
     config = ServeConfig(export=str(make_export(tmp_path, dtype="bfloat16")))
 
     def claimed(dtype: str) -> str:

@@ -75,7 +75,7 @@ def test_a_corpus_that_was_begun_goes_on(
     tiny_export: Path, other_export: Path, tmp_path: Path
 ) -> None:
     source = write_lines(tmp_path / "rows.jsonl", '{"prompt": "p", "response": "r"}')
-    corpus = Corpus.survey(str(source), "train", 3, to_parquet=False)
+    corpus = Corpus.survey([str(source)], "train", 3, to_parquet=False)
     parts = Parts(tmp_path / "out.jsonl", corpus)
     config = ServeConfig(export=str(tiny_export), dtype="float32")
     parts.claim(corpus.fingerprint, config)

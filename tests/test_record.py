@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -119,7 +120,11 @@ def test_reading_asks_the_gcs_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def counted(ask: Any) -> Any:
-        return lambda *args, **more: (asked.append(args), ask(*args, **more))[1]
+        def call(*args: Any, **more: Any) -> Any:
+            asked.append(args)
+            return ask(*args, **more)
+
+        return call
 
     for ask in ("_internal_kv_get", "_internal_kv_list"):
         monkeypatch.setattr(versions, ask, counted(getattr(versions, ask)))
@@ -172,7 +177,7 @@ def test_a_record_of_an_older_rayrm_is_read_and_replaced() -> None:
     """It has one key, no format, and what is staged has no owner, so that it would stay."""
     values = record("older", trial=Trial(served=NEW, share=0.5, since=1.0)).model_dump(mode="json")
     values = {k: v for k, v in values.items() if k != "format"} | {"staged": NEW.model_dump()}
-    _internal_kv_put(b"older", versions.json.dumps(values).encode(), namespace=BEFORE)
+    _internal_kv_put(b"older", json.dumps(values).encode(), namespace=BEFORE)
     found = read_record("older")
     assert found == record("older", trial=Trial(served=NEW, share=0.5, since=1.0))
     for n in range(KEPT + 1):

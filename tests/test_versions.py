@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,13 +24,16 @@ from ray import serve
 from rayrm.client import RewardClient
 from rayrm.config import ServeConfig
 from rayrm.engine import RewardModel, Rewards
-from rayrm.errors import ExportError, ServiceError, VersionGone
+from rayrm.errors import ExportError, ServiceError, UnknownReward, VersionGone
+from rayrm.known import KnownRewards
 from rayrm.metrics import ServeMetrics
-from rayrm.serve import Replica, deploy, rollback, swap
+from rayrm.queue import TokenQueue
+from rayrm.serve import Replica, compare, delete, deploy, promote, rollback, swap, try_out
 from rayrm.versions import (
     Models,
     Record,
     Served,
+    Trial,
     change_record,
     delete_record,
     read_record,
@@ -39,10 +46,12 @@ LOADING = 4.0
 
 
 class SlowReplica(Replica):
-    """Takes a while for each pack, and longer to load a model."""
+    """Takes a while for each pack, and longer to load a model; beside a file "faulty" it fails."""
 
     def _load(self, config: ServeConfig) -> RewardModel:
         time.sleep(LOADING)
+        if (Path(config.export).parent / "faulty").exists():
+            raise RuntimeError("out of memory")
         return before_each_pack(super()._load(config), lambda: time.sleep(SECONDS_PER_PACK))
 
 
@@ -200,6 +209,264 @@ def test_a_replica_that_missed_the_news_finds_out_by_itself(
     change_record(APP, lambda _: record.model_copy(update={"current": news}))
     assert_same(client.score(*texts(40, 2), version=new), models[new].score(*texts(40, 2)))
     until(lambda: all(replica["version"] == new for replica in stats(APP)))
+
+
+def status() -> str:
+    return serve.status().applications[APP].status
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: status() == "UNHEALTHY")
+
+
+def found() -> Record:
+    record = read_record(APP)
+    assert record is not None
+    return record
+
+
+def test_all_that_ends_or_starts_a_version_works_while_a_replica_is_dead(
+    client: RewardClient, config: ServeConfig, other_export: Path, models: dict[str, RewardModel]
+) -> None:
+    old, new = models
+    deploy(config)
+    dead, alive = (replica["pid"] for replica in stats(APP))
+    kill(dead)
+    deploy(config.model_copy(update={"export": str(other_export)}))
+    assert found().previous == Served(export=config.export, version=old)
+    assert alive in {replica["pid"] for replica in stats(APP)}, "swapped, not started again"
+    until(lambda: len(stats(APP)) == 2 and status() == "RUNNING")
+    kill(alive)
+    assert rollback(APP).version == old
+    assert_same(client.score(*texts(2, 2)), models[old].score(*texts(2, 2)))
+    until(lambda: len(stats(APP)) == 2 and status() == "RUNNING")
+    kill(stats(APP)[0]["pid"])
+    try_out(APP, str(other_export))
+    assert compare(APP).rows == 0
+    assert promote(APP).version == new
+    assert set(client.score(*texts(2, 2)).versions) == {new}
+
+
+def test_a_rollback_ends_replicas_that_die_of_what_is_served(
+    client: RewardClient, config: ServeConfig, other_export: Path, models: dict[str, RewardModel]
+) -> None:
+    old = next(iter(models))
+    deploy(config)
+    deploy(config.model_copy(update={"export": str(other_export)}))
+    (faulty := other_export.parent / "faulty").touch()
+    try:
+        pids = [replica["pid"] for replica in stats(APP)]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        until(lambda: status() == "UNHEALTHY")
+        assert rollback(APP).version == old
+        assert_same(client.score(*texts(2, 2)), models[old].score(*texts(2, 2)))
+    finally:
+        faulty.unlink()
+    until(lambda: status() == "RUNNING" and len(stats(APP)) == 2, 120)
+    assert {replica["version"] for replica in stats(APP)} == {old}
+
+
+def test_an_interrupted_deployment_leaves_nothing_staged(
+    client: RewardClient,
+    config: ServeConfig,
+    other_export: Path,
+    models: dict[str, RewardModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    old, _ = models
+    deploy(config)
+    before = found()
+
+    def interrupt(_: float) -> None:
+        assert found().staged
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("rayrm.serve.time.sleep", interrupt)
+        deploy(config.model_copy(update={"export": str(other_export)}))
+    assert found() == before
+    until(lambda: all(replica["versions"] == [old] for replica in stats(APP)))
+
+
+def test_what_a_killed_deployment_has_staged_is_dropped(
+    client: RewardClient, config: ServeConfig, other_export: Path, models: dict[str, RewardModel]
+) -> None:
+    old, new = models
+    deploy(config)
+    script = f"""
+        import ray
+        from rayrm.serve import swap
+        from rayrm.versions import Served
+        ray.init(log_to_driver=False)
+        swap({APP!r}, Served(export={str(other_export)!r}, version={new!r}))
+    """
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    deploying = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], env=environment)
+    until(lambda: found().staged is not None)
+    deploying.kill()
+    deploying.wait()
+    until(lambda: found().staged is None)
+    assert found().current.version == old
+    until(lambda: all(replica["versions"] == [old] for replica in stats(APP)))
+
+
+def test_of_two_deployments_at_once_one_wins_and_the_other_is_told(
+    client: RewardClient, config: ServeConfig, other_export: Path, models: dict[str, RewardModel]
+) -> None:
+    old, new = models
+    deploy(config)
+    with ThreadPoolExecutor(1) as other:
+        first = other.submit(deploy, config.model_copy(update={"export": str(other_export)}))
+        until(lambda: found().staged is not None)
+        assert try_out(APP, str(other_export), 1.0).version == new
+        with pytest.raises(ServiceError, match="deployed by somebody else meanwhile"):
+            first.result()
+    record = found()
+    assert record.current.version == old and record.staged is None
+    assert record.trial and record.trial.served.version == new
+    rollback(APP)
+
+
+def test_a_deployment_is_not_told_of_an_earlier_ones_failure(
+    client: RewardClient, config: ServeConfig, other_export: Path, models: dict[str, RewardModel]
+) -> None:
+    deploy(config)
+    until(lambda: all(len(replica["versions"]) == 1 for replica in stats(APP)))
+    other = config.model_copy(update={"export": str(other_export)})
+    (faulty := other_export.parent / "faulty").touch()
+    with pytest.raises(ServiceError, match=r"cannot load .*: RuntimeError: out of memory"):
+        deploy(other)
+    faulty.unlink()
+    deploy(other)
+    assert found().current.version == list(models)[1]
+
+
+def test_a_reward_that_is_not_served_is_named_also_where_the_record_is_gone(
+    client: RewardClient,
+) -> None:
+    record = found()
+    delete_record(APP)
+    try:
+        with pytest.raises(UnknownReward, match="no reward 'nope'; there are 'default'"):
+            client.score(["a"], ["b"], rewards=["nope"])
+    finally:
+        change_record(APP, lambda _: record)
+
+
+def test_a_deleted_application_is_forgotten(cluster: None, tiny_export: Path) -> None:
+    deploy(ServeConfig(export=str(tiny_export), app="gone"))
+    command = [sys.executable, "jobs/serve.py", "--delete", "gone"]
+    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    told = subprocess.run(command, env=os.environ | address, text=True, stdout=subprocess.PIPE)
+    assert told.returncode == 0 and "'gone' is deleted" in told.stdout
+    assert "gone" not in serve.status().applications and read_record("gone") is None
+    with pytest.raises(ServiceError, match="no application 'gone' to delete; deployed: "):
+        delete("gone")
+    with pytest.raises(ServiceError, match="does not run"):
+        rollback("gone")
+
+
+@pytest.fixture
+def held(tiny_export: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Models]:
+    """The models of a replica that serves the tiny export, and compares itself when it is told."""
+    monkeypatch.setattr(Models, "_follow", lambda _: None)
+
+    def load(config: ServeConfig) -> RewardModel:
+        loads.append(config.export)
+        return RewardModel.load(config.export, "cpu")
+
+    loads: list[str] = []
+    config = ServeConfig(export=str(tiny_export), app="held")
+    models = Models("held", config, load, lambda *_: None)
+    models.loads = loads  # type: ignore[attr-defined]
+    yield models
+    delete_record("held")
+
+
+class Followed(dict[str, RewardModel]):
+    """What is held; "old@1" is dropped by another thread just after somebody has looked for it."""
+
+    def __contains__(self, version: object) -> bool:
+        there = super().__contains__(version)
+        self.pop("old@1", None)
+        return there
+
+
+def test_a_version_dropped_while_it_is_looked_for_is_there_or_gone(
+    cluster: None, held: Models
+) -> None:
+    held.held = Followed(held.held | {"old@1": held.model})
+    assert asyncio.run(held.get("old@1")) is held.model
+    assert "old@1" in held.held and "old@1" not in held.held
+    with pytest.raises(VersionGone, match="old@1 is not served"):
+        asyncio.run(held.get("old@1"))
+
+
+def test_what_is_current_answers_while_the_follower_changes_it(cluster: None, held: Models) -> None:
+    """Between what is current and what is held, a switch and a drop may lie."""
+    current = held.model
+    held.held = {}
+    assert asyncio.run(held.get("")) is current
+    replica = Replica.__new__(Replica)
+    replica.models, replica.calls, replica.refused = held, 0, 0
+    replica.queue, replica.known = TokenQueue(512, 1000), KnownRewards(0)
+    assert replica.stats()["version"] == current.version
+
+
+def test_a_record_that_was_read_before_a_switch_does_not_undo_it(
+    cluster: None, held: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A comparison that waits for another one, which switches, reads what that one has read."""
+    first, reading = read_record("held"), threading.Event()
+    assert first is not None
+    news = Served(export="/news", version="news@1")
+
+    def read(app: str) -> Record | None:
+        reading.set()
+        return read_record(app)
+
+    monkeypatch.setattr("rayrm.versions.read_record", read)
+    with held._changing:
+        waiting = threading.Thread(target=held.compare)
+        waiting.start()
+        assert not reading.wait(0.2)
+        held.held["news@1"] = held.model
+        change_record("held", lambda _: first.model_copy(update={"current": news}))
+    waiting.join()
+    assert held.current == "news@1"
+
+
+def test_a_model_that_cannot_be_loaded_is_not_tried_with_every_chunk(
+    cluster: None, held: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayrm.versions.RETRY_S", (1000.0, 3000.0))
+    bad = Served(export="/nowhere", version="bad@1")
+
+    def stage(share: float) -> None:
+        trial = Trial(served=bad, share=share, since=0)
+        change_record("held", lambda r: r and r.model_copy(update={"trial": trial}))
+
+    def tried() -> int:
+        return held.loads.count("/nowhere")  # type: ignore[attr-defined]
+
+    stage(0.5)
+    for _ in range(20):
+        with pytest.raises(VersionGone, match=r"bad@1"):
+            asyncio.run(held.get("bad@1"))
+        held.compare()
+    with pytest.raises(VersionGone, match=r"cannot load bad@1 for now: ExportError: .*nowhere"):
+        asyncio.run(held.get("bad@1"))
+    assert tried() == 1
+    for pause in (2000, 3000, 3000):
+        held.failed["bad@1"] = replace(held.failed["bad@1"], again_at=0.0)
+        held.compare()
+        assert held.failed["bad@1"].again_at - time.monotonic() == pytest.approx(pause, abs=60)
+    assert tried() == 4
+    stage(0.6)
+    held.compare()
+    assert tried() == 5 and held.failed["bad@1"].times == 1, "another record, another try"
 
 
 def test_what_is_found_must_be_what_was_deployed(cluster: None, tiny_export: Path) -> None:
