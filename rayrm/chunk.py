@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,10 +39,10 @@ CHUNKS_PER_REPLICA = 4
 # A group is cut only where computing its prompt again costs an eighth of the piece at most.
 MIN_PROMPTS_PER_PIECE = 8
 
-TEXT, IDS, JSON = range(3)
+TEXT, IDS, JSON, TOOLS = range(4)
 
 Payload = tuple[int, bytes]
-"""A prompt or response on the wire: what it is, and its bytes."""
+"""A prompt or response on the wire: what it is, and its bytes. TOOLS: a prompt and its tools."""
 
 
 def to_payload(value: Text | Tokens) -> Payload:
@@ -55,6 +55,13 @@ def to_payload(value: Text | Tokens) -> Payload:
     if ids.dtype != np.int32 and len(ids) and (ids.min() < -(2**31) or ids.max() >= 2**31):
         return JSON, json.dumps([int(i) for i in cast(Tokens, value)]).encode()
     return IDS, ids.astype(np.int32).tobytes()
+
+
+def prompt_payload(row: Row) -> Payload:
+    """A row's prompt and the tools beside it, as JSON where there are any."""
+    if not row.tools:
+        return to_payload(row.prompt)
+    return TOOLS, json.dumps([row.prompt, row.tools]).encode()
 
 
 def from_payload(kind: int, data: NDArray[np.uint8]) -> Text | Tokens:
@@ -118,16 +125,19 @@ class Chunk:
         return (len(self.prompts.data) + len(self.responses.data)) // BYTES_PER_TOKEN
 
     def rows(self) -> list[Row]:
-        prompts = self.prompts.unpack()
+        prompts: list[Any] = [
+            prompt if kind == TOOLS else (prompt, None)
+            for kind, prompt in zip(self.prompts.kinds, self.prompts.unpack(), strict=True)
+        ]
         responses = self.responses.unpack()
         return [
-            Row(prompts[p], response, bool(finished))
+            Row(prompts[p][0], response, bool(finished), prompts[p][1])
             for p, response, finished in zip(self.prompt_of, responses, self.finished, strict=True)
         ]
 
 
 Key = tuple[Payload, Payload, bool]
-"""Prompt, response, finished: rows of one key are one row."""
+"""Prompt with its tools, response, finished: rows of one key are one row."""
 
 Arrival = tuple[NDArray[np.int64], Rewards]
 """Places in a step, and the rewards of the rows there."""
@@ -146,7 +156,7 @@ class Step:
             except InvalidRow as error:
                 self.errors[i] = error
                 continue
-            key = to_payload(row.prompt), to_payload(row.response), row.finished
+            key = prompt_payload(row), to_payload(row.response), row.finished
             self.places.setdefault(key, []).append(i)
 
     def cut(self, replicas: int, tokens_per_pack: int) -> list[list[Key]]:

@@ -47,7 +47,7 @@ from rayrm.engine import (
     warn_unnamed_ids,
 )
 from rayrm.errors import Overloaded, ServiceError, StepTimeout, UnknownReward, VersionGone
-from rayrm.template import Row, fingerprint
+from rayrm.template import Row, Tools, fingerprint
 from rayrm.versions import read_record
 
 logger = logging.getLogger("rayrm")
@@ -104,7 +104,8 @@ class Options(TypedDict, total=False):
 
     groups: instead of responses, for each prompt a list of them, whose rewards come one after the
     other. finished: False for a response that the sampler cut off, in the order of the rewards.
-    tokenizer: what made the ids, or its fingerprint. version: score by this one, of the own reward,
+    tools: for each prompt what can be called there, as JSON schemas, or None. tokenizer: what made
+    the ids, or its fingerprint. version: score by this one, of the own reward,
     and no other. timeout_s: instead of the client's. on_arrival: called with places (int64 [n]) in
     the result and their rewards (by name, where names were asked for), on a thread of the client,
     as they come in.
@@ -112,6 +113,7 @@ class Options(TypedDict, total=False):
 
     groups: Sequence[Texts]
     finished: Sequence[bool]
+    tools: Sequence[Tools | None]
     tokenizer: str | PreTrainedTokenizerBase
     version: str
     timeout_s: float
@@ -248,7 +250,8 @@ class RewardClient:
         """score in the background: a future of its rewards; cancelling it frees the replicas."""
         names = check_names(rewards)
         groups, tokenizer = options.get("groups"), options.get("tokenizer")
-        rows = make_rows(prompts, responses, options.get("finished"), groups)
+        finished, tools = options.get("finished"), options.get("tools")
+        rows = make_rows(prompts, responses, finished, groups, tools)
         warn_unnamed_ids(rows, tokenizer)
         if isinstance(tokenizer, PreTrainedTokenizerBase):
             tokenizer = fingerprint(tokenizer)

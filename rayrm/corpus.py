@@ -20,7 +20,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -69,7 +69,8 @@ class ScoredCorpus:
     resumed: rows that an earlier run had scored. failed: rows with an error, unrewarded: without
     any reward, among those that this run scored in `seconds`, the start of its replicas included.
     dtype: what rewards were computed in. ignored_files: found in a directory or by a glob, but not
-    read.
+    read. ignored_keys: of messages in what this run scored, as `message.KEY`; they never reach the
+    chat template.
     """
 
     rows: int
@@ -79,6 +80,7 @@ class ScoredCorpus:
     dtype: str
     ignored_files: list[str]
     unrewarded: int = 0
+    ignored_keys: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         scored = self.rows - self.resumed
@@ -89,6 +91,8 @@ class ScoredCorpus:
             "files ignored": len(self.ignored_files),
         }
         named = [f"{count} {name}" for name, count in counts.items() if count]
+        if self.ignored_keys:
+            named.append(f"ignored keys: {' '.join(self.ignored_keys)}")
         return ", ".join([f"{scored} rows scored in {self.dtype}{speed}", *named])
 
 
@@ -102,11 +106,12 @@ def score_corpus(
 ) -> ScoredCorpus:
     """Score source (files, globs, directories, hub names, as training takes them) into target.
 
-    A row has prompt and response, prompt and responses (a list), or messages. It keeps its columns
-    and gets reward, reward_error, version, truncated and unfinished; one that cannot be scored has
-    no reward but its error. target ends in .jsonl, .jsonl.gz or .parquet and lies, like source, on
-    this process's disks. config says how replicas score and where they run: as many as the cluster
-    has room for unless it names `replicas`. Connects as ray.init() does if nobody has.
+    A row has prompt and response, prompt and responses (a list), or messages, and perhaps tools. It
+    keeps its columns and gets reward, reward_error, version, truncated and unfinished; one that
+    cannot be scored has no reward but its error. target ends in .jsonl, .jsonl.gz or .parquet and
+    lies, like source, on this process's disks. config says how replicas score and where they run:
+    as many as the cluster has room for unless it names `replicas`. Connects as ray.init() does if
+    nobody has.
 
     The same call again goes on after a kill. Raises DataError where target exists, where the parts
     beside it are of another source, export or config, where source cannot be read, and where its
@@ -127,17 +132,27 @@ def score_corpus(
     config = parts.claim(corpus.fingerprint, config)
     missing = [p for p in range(corpus.parts) if not parts.file(p).exists()]
     resumed = corpus.rows - sum(corpus.rows_of(p) for p in missing)
-    failed, unrewarded, began = 0, 0, time.monotonic()
+    failed, unrewarded, keys, began = 0, 0, set[str](), time.monotonic()
     with _bar(corpus.rows, resumed) as bar, _scorers(config, len(missing)) as scorers:
         for part, rewards in _score(scorers, corpus.read(missing)):
             columns = part.columns(rewards, corpus.many)
             parts.write(part, columns)
             failed += sum(map(any, _each(columns["reward_error"])))
             unrewarded += sum(all(v is None for v in row) for row in _each(columns["reward"]))
+            keys |= part.ignored
             bar.update(len(part.records))
     seconds = time.monotonic() - began
     parts.join()
-    return ScoredCorpus(corpus.rows, resumed, failed, seconds, config.dtype, ignored, unrewarded)
+    return ScoredCorpus(
+        corpus.rows,
+        resumed,
+        failed,
+        seconds,
+        config.dtype,
+        ignored,
+        unrewarded,
+        sorted(keys),
+    )
 
 
 def list_files(source: str, split: str, target: Path) -> tuple[list[str], list[str]]:
@@ -233,7 +248,8 @@ class Corpus:
 class Part:
     """Some rows of the corpus, and the rows of the model that they are.
 
-    cells: for every record its responses, each a place in rows, or the error in its stead.
+    cells: for every record its responses, each a place in rows, or the error in its stead. ignored:
+    keys of messages that mean nothing here.
     """
 
     def __init__(self, index: int, records: Records) -> None:
@@ -241,6 +257,7 @@ class Part:
         self.where, _ = records[0]
         self.records = [record if isinstance(record, dict) else {} for _, record in records]
         self.rows: list[Row] = []
+        self.ignored: set[str] = set()
         self.cells = [list(self._cells(where, record)) for where, record in records]
 
     def _cells(self, where: str, record: Any) -> Iterator[int | DataError]:
@@ -251,11 +268,12 @@ class Part:
             count = len(responses) if isinstance(responses, list) else 1
             yield from [DataError(f"{where}: {error}")] * max(1, count)
             return
+        self.ignored |= sampled.ignored
         for response, finished in zip(sampled.responses, sampled.finished, strict=True):
             if isinstance(response, DataError):
                 yield DataError(f"{where}: {response}")
             else:
-                self.rows.append(Row(sampled.prompt, response, finished))
+                self.rows.append(Row(sampled.prompt, response, finished, sampled.tools))
                 yield len(self.rows) - 1
 
     def columns(self, rewards: Rewards, many: bool) -> dict[str, list[Any]]:

@@ -1,10 +1,12 @@
 """Preference records in the field's formats → groups of text.
 
-A record's format is told from its columns; each may be text or messages
-(`{"role": …, "content": …}`, other keys of a message are reported as ignored):
+A record's format is told from its columns; each may be text, or one message or a list of them
+(`{"role": …, "content": …}`, MESSAGE_KEYS if they have a value; other keys are reported as
+ignored):
 
     chosen, rejected               one pair; the prompt is what both begin with (implicit), or
-    prompt, chosen, rejected       is given (explicit)
+    prompt, chosen, rejected       is given (explicit); responses may repeat it, also as messages
+                                   where it is text
     … rejected is a list           best-of-N: chosen wins against each
     … chosen is a list too         each chosen wins against each rejected; three of each is
                                    RM-Bench's shape, whose places in the lists are styles
@@ -13,9 +15,10 @@ A record's format is told from its columns; each may be text or messages
 
 Text without a prompt that begins with "\\n\\nHuman:" is hh-rlhf's flat format and becomes messages;
 other text without a prompt stays whole, with the prompt "". Optional columns: `margin`, `label`
-(probability that chosen wins) and `subset` (RM-Bench: `domain`), which hold for the whole record;
-whether a response ended by itself (true) or was cut at the sampler's token limit: `chosen_finished`
-and `rejected_finished` (lists where those are), or `finished` (a list beside `responses`).
+(probability that chosen wins), `subset` (RM-Bench: `domain`) and `tools` (JSON schemas, as a list
+or as its JSON), which hold for the whole record; whether a response ended by itself (true) or was
+cut at the sampler's token limit: `chosen_finished` and `rejected_finished` (lists where those are),
+or `finished` (a list beside `responses`).
 
 A corpus to be scored has one record for each prompt instead: `response`, `responses` or `messages`.
 
@@ -36,24 +39,29 @@ from typing import Any, Literal
 from rayrm.errors import DataError
 from rayrm.sources import open_sources
 
+# Of a message, beside role and content, what a chat template is given. Without a value (null, "",
+# [] or {}, since Parquet gives every message all keys) a key is absent.
+MESSAGE_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
+
 Message = dict[str, Any]
+"""role, content (text, or None beside tool_calls) and those of MESSAGE_KEYS that have a value."""
+Tool = dict[str, Any]
 Text = str | list[Message]
 
 _JUDGED_COLUMNS = {"chosen", "rejected", "responses", "ranks", "scores"}
-_OPTIONAL_COLUMNS = {"prompt", "margin", "label", "subset"}
+_OPTIONAL_COLUMNS = {"prompt", "margin", "label", "subset", "tools"}
 _PAIR_FLAGS = {"chosen_finished", "rejected_finished"}
 _SAMPLED_COLUMNS = {"response", "responses", "messages"}
 _COLUMNS = _JUDGED_COLUMNS | _OPTIONAL_COLUMNS | _PAIR_FLAGS | {"finished"}
 _ACCEPTED = (
     "a record has chosen and rejected (one response, or a list of them), or responses with ranks "
-    "(1 = best) or scores (higher = better); prompt, margin, label and subset are optional"
+    "(1 = best) or scores (higher = better); prompt, margin, label, subset and tools are optional"
 )
 
 # Columns and keys of messages without which something other than what was judged is scored.
-_CONTEXT_COLUMNS = ("tools", "functions", "documents", "chat_template_kwargs", "system", "history")
+_CONTEXT_COLUMNS = ("functions", "documents", "chat_template_kwargs", "system", "history")
 _MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
-_CALL_KEYS = ("name", "tool_calls", "tool_call_id", "function_call")
-_THOUGHT_KEYS = ("reasoning", "reasoning_content", "thinking")
+_REFUSED_KEYS = {"function_call": "tool_calls", "reasoning": "reasoning_content"}
 # Columns that hold the prompt where text comes without one.
 _PROMPT_ALIASES = ("question", "instruction", "query", "input", "context")
 
@@ -94,6 +102,8 @@ class Group:
     subset: str
     source: str
     """"file:row" of the first record, rows counted from 1. For messages to people only."""
+    tools: list[Tool] | None = None
+    """What the prompt says can be called."""
 
 
 @dataclass
@@ -143,9 +153,10 @@ def read_groups(
     Args:
         paths: Each a .json or .jsonl file (.gz too), .parquet, .arrow, a directory written by
             `Dataset.save_to_disk`, a directory of such files (recursively, in sorted order), a
-            glob, or the name of a dataset on the hub.
-        split: The split of a hub dataset and of a saved `DatasetDict`; in a directory whose file
-            names tell several splits, the files of this one.
+            glob, or a dataset on the hub: OWNER/NAME[/CONFIGURATION][@SPLIT], behind "hub:" if a
+            local path has that name too.
+        split: The split of a hub dataset whose name has none and of a saved `DatasetDict`; in a
+            directory whose file names tell several splits, the files of this one.
         on_bad_record: `skip` keeps the error's message in the report and reads on.
 
     Returns:
@@ -191,13 +202,16 @@ class Sampled:
     responses: list[Text | DataError]
     finished: list[bool]
     """Per response; false = cut at the sampler's token limit."""
+    tools: list[Tool] | None = None
+    ignored: frozenset[str] = frozenset()
+    """`message.KEY` of every key of messages that means nothing here."""
 
 
 def read_sampled(value: Any) -> Sampled:
     """A record to be scored: prompt and response, prompt and responses (a list), or messages.
 
-    The last of the messages is the response. Optional: `finished`, a list beside responses.
-    Raises DataError, which names the field.
+    The last of the messages is the response. Optional: `tools`; `finished`, a list beside
+    responses. Raises DataError, which names the field.
     """
     record = _record(value)
     found = record.keys() & _SAMPLED_COLUMNS
@@ -208,43 +222,63 @@ def read_sampled(value: Any) -> Sampled:
             f"list), messages (found: {columns})."
         )
     (column,) = found
-    raw = record[column]
-    prompt: Text = _text("prompt", record.get("prompt", ""), set())
+    raw, tools, ignored = record[column], _tools(record), set[str]()
+    prompt: Text = _text("prompt", record.get("prompt", ""), ignored)
     finished = record.get("finished", True)
     if column == "messages":
         if not isinstance(raw, list) or not raw:
             raise DataError(f"`messages` is {_kind(raw)}; must be a list of at least one message.")
-        *before, last = _messages("messages", raw, set())
-        return Sampled(before, [[last]], _flags("finished", [finished], 1))
+        *before, last = _messages("messages", raw, ignored)
+        return Sampled(
+            before, [[last]], _flags("finished", [finished], 1), tools, frozenset(ignored)
+        )
     if prompt == "":
         _refuse(record, _PROMPT_ALIASES, "if it is the prompt, rename the column to prompt")
     if column == "response":
-        response = _response("response", raw, prompt)
-        return Sampled(prompt, [response], _flags("finished", [finished], 1))
-    if not isinstance(raw, list) or not raw:
+        named, flags = {"response": raw}, _flags("finished", [finished], 1)
+    elif isinstance(raw, list) and raw:
+        named = {f"responses[{i}]": response for i, response in enumerate(raw)}
+        flags = _flags("finished", [True] * len(raw) if finished is True else finished, len(raw))
+    else:
         raise DataError(f"`responses` is {_kind(raw)}; must be a list of at least one response.")
-    flags = _flags("finished", [True] * len(raw) if finished is True else finished, len(raw))
-    responses = [_response(f"responses[{i}]", response, prompt) for i, response in enumerate(raw)]
-    return Sampled(prompt, responses, flags)
+    texts = {name: _text_or_error(name, response, ignored) for name, response in named.items()}
+    messages = {name: text for name, text in texts.items() if isinstance(text, list) and text}
+    if prompt and messages:
+        prompt, rest = _without_repetition(prompt, messages)
+        texts |= rest
+    return Sampled(prompt, list(texts.values()), flags, tools, frozenset(ignored))
 
 
-def _response(name: str, raw: Any, prompt: Text) -> Text | DataError:
+def _text_or_error(name: str, raw: Any, ignored: set[str]) -> Text | DataError:
     try:
-        text = _text(name, raw, set())
-        _refuse_repeat(name, text, prompt)
+        return _text(name, raw, ignored)
     except DataError as error:
         return error
-    return text
 
 
 def data_fingerprint(groups: Sequence[Group]) -> str:
-    """SHA-256 (hex) of the groups' content and order; file names and choices do not enter it."""
+    """SHA-256 (hex) of the groups' content and order; file names and choices do not enter it.
+
+    The same as before messages had keys and groups had tools, where there are none.
+    """
     digest = hashlib.sha256()
     for group in groups:
         preferences = [[p.chosen, p.rejected, p.margin, p.label] for p in group.preferences]
-        content = [group.prompt, group.responses, preferences, group.finished, group.subset]
+        texts = [_in_order(group.prompt), [_in_order(response) for response in group.responses]]
+        content = [*texts, preferences, group.finished, group.subset]
+        if group.tools:
+            content.append(json.dumps(group.tools))
         digest.update(json.dumps(content, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
+
+
+def _in_order(text: Text) -> Text:
+    """With tool calls as JSON, whose order of keys a template renders."""
+    if isinstance(text, str):
+        return text
+    return [
+        {**m, "tool_calls": json.dumps(m["tool_calls"])} if "tool_calls" in m else m for m in text
+    ]
 
 
 # Records → groups
@@ -262,6 +296,7 @@ class _Record:
     margin: float
     label: float
     subset: str
+    tools: list[Tool] | None
     styled: bool
     """Responses 0 to 2 are chosen and 3 to 5 rejected, each in RM-Bench's three styles."""
 
@@ -275,11 +310,13 @@ class _Merger:
 
     def add(self, record: _Record, source: str) -> None:
         # Without a prompt there is no telling that two records answer the same one.
-        key = (record.subset, _frozen(record.prompt)) if record.prompt else source
+        asked = (record.subset, _frozen(record.prompt), json.dumps(record.tools))
+        key: Hashable = asked if record.prompt else source
         if key in self._groups:
             self._report.merged += 1
         else:
-            self._groups[key] = Group(record.prompt, [], [], [], record.subset, source), {}
+            group = Group(record.prompt, [], [], [], record.subset, source, record.tools)
+            self._groups[key] = group, {}
         group, places = self._groups[key]
 
         keys = [(_frozen(r), f) for r, f in zip(record.responses, record.finished, strict=True)]
@@ -315,7 +352,13 @@ class _Merger:
 
 
 def _frozen(text: Text) -> Hashable:
-    return text if isinstance(text, str) else tuple((m["role"], m["content"]) for m in text)
+    return text if isinstance(text, str) else tuple(map(_frozen_message, text))
+
+
+def _frozen_message(message: Message) -> Hashable:
+    return tuple(
+        json.dumps(value) for value in map(message.get, ("role", "content", *MESSAGE_KEYS))
+    )
 
 
 # One record
@@ -352,6 +395,7 @@ def _parse(value: Any, ignored: set[str]) -> _Record:
         margin=_number("margin", record.get("margin", 0.0)),
         label=_number("label", record.get("label", 1.0), low=0.0, high=1.0),
         subset=subset,
+        tools=_tools(record),
         styled=[name for name, _ in named] == _STYLED,
     )
 
@@ -427,38 +471,67 @@ def _prompt_and_responses(
         isinstance(t, str) and t.startswith(_FLAT_START) for t in texts.values()
     ):
         texts = {name: _flat_turns(name, text) for name, text in texts.items()}
+    for name, text in texts.items():
+        _check_response(name, text)
 
+    conversations = {name: text for name, text in texts.items() if isinstance(text, list)}
+    if len(conversations) == len(texts):
+        if prompt:
+            prompt, responses = _without_repetition(prompt, conversations)
+            return prompt, list(responses.values())
+        if not isinstance(prompt, list):
+            n = _shared_messages(list(conversations.values()))
+            first = next(iter(conversations.values()))
+            return first[:n], [messages[n:] for messages in conversations.values()]
     everything = texts if prompt is None else {"prompt": prompt, **texts}
-    (first, example), *others = everything.items()
+    (first_name, example), *others = everything.items()
     for name, text in others:
         if isinstance(text, str) != isinstance(example, str):
             raise DataError(
-                f"`{first}` is {_kind(example)} but `{name}` is {_kind(text)}; a record is all "
-                'text or all messages ([{"role": "assistant", "content": …}]).'
+                f"`{first_name}` is {_kind(example)} but `{name}` is {_kind(text)}; a record is "
+                'all text or all messages ([{"role": "assistant", "content": …}]).'
             )
-    for name, text in texts.items():
-        _check_response(name, text, prompt)
-
-    conversations = [text for text in texts.values() if isinstance(text, list)]
-    if prompt is None and conversations:
-        n = _shared_messages(conversations)
-        return conversations[0][:n], [messages[n:] for messages in conversations]
     return prompt if prompt is not None else "", list(texts.values())
 
 
-def _check_response(name: str, text: Text, prompt: Text | None) -> None:
-    last = text if isinstance(text, str) else text[-1]["content"] if text else ""
-    if not last.strip():
+def _check_response(name: str, text: Text) -> None:
+    last = text if isinstance(text, str) else text[-1]["content"] or "" if text else ""
+    if not last.strip() and not (text and isinstance(text, list) and len(text[-1]) > 2):
         raise DataError(f"`{name}` is empty; a response has something to score.")
     if isinstance(text, list) and text[-1]["role"] != "assistant":
         role = text[-1]["role"]
         raise DataError(f"`{name}` ends in a {role!r} message; must end in an assistant's.")
-    _refuse_repeat(name, text, prompt)
 
 
-def _refuse_repeat(name: str, text: Text, prompt: Text | None) -> None:
-    if prompt and isinstance(text, list) and text[: len(prompt)] == prompt:
-        raise DataError(f"`{name}` repeats `prompt`; leave it out of one of them.")
+def _without_repetition(
+    prompt: Text, responses: dict[str, list[Message]]
+) -> tuple[list[Message], dict[str, list[Message]]]:
+    """The prompt as messages, and what of the responses, by field, follows it."""
+    if isinstance(prompt, str):
+        prompt = _as_messages(prompt, responses)
+    n = len(prompt)
+    rest = {name: text[n:] if text[:n] == prompt else text for name, text in responses.items()}
+    if repetition := [name for name, text in rest.items() if not text]:
+        raise DataError(f"`{repetition[0]}` is the prompt alone; a response follows it.")
+    return prompt, rest
+
+
+def _as_messages(prompt: str, responses: dict[str, list[Message]]) -> list[Message]:
+    """What all responses begin with, if a user says the prompt there; or the prompt, said by one.
+
+    Raises DataError where the responses neither repeat the prompt nor begin with an answer to it.
+    """
+    (name, first), *_ = responses.items()
+    shared = first[: _shared_messages(list(responses.values()))]
+    said = [m["content"] for m in shared if m["role"] == "user" and m["content"]]
+    if any(content.strip() == prompt.strip() for content in said):
+        return shared
+    if all(messages[0]["role"] == "assistant" for messages in responses.values()):
+        return [{"role": "user", "content": prompt}]
+    raise DataError(
+        f"`prompt` is text, but the messages of `{name}` neither repeat it as a user's, which all "
+        "responses share, nor begin with an assistant's; give the prompt as messages."
+    )
 
 
 def _shared_messages(conversations: list[list[Message]]) -> int:
@@ -490,6 +563,8 @@ def _flat_turns(name: str, text: Text) -> list[Message]:
 def _text(name: str, raw: Any, ignored: set[str]) -> Text:
     if isinstance(raw, str):
         return _unicode(name, raw)
+    if isinstance(raw, dict):
+        return [_message(name, raw, ignored)]
     if isinstance(raw, list):
         return _messages(name, raw, ignored)
     raise DataError(f"`{name}` is {_kind(raw)}; must be text or a list of messages.")
@@ -502,16 +577,60 @@ def _messages(name: str, raw: list[Any], ignored: set[str]) -> list[Message]:
 def _message(name: str, raw: Any, ignored: set[str]) -> Message:
     if not isinstance(raw, dict):
         raise DataError(f'`{name}` is {_kind(raw)}; a message is {{"role": …, "content": …}}.')
-    if len(raw) > 2:
-        _refuse(raw, _CALL_KEYS + _THOUGHT_KEYS, f"put it into `{name}.content` as text")
+    role, content, keys = raw.get("role"), raw.get("content"), dict[str, Any]()
+    if raw.keys() - {"role", "content"}:
+        for key, better in _REFUSED_KEYS.items():
+            if raw.get(key):
+                raise DataError(f"`{name}.{key}` would be lost; a template reads `{better}`.")
         present = {key for key, entry in raw.items() if entry is not None}
-        ignored.update(f"message.{key}" for key in present - {"role", "content"})
-    role, content = raw.get("role"), raw.get("content")
+        ignored.update(f"message.{key}" for key in present - {"role", "content", *MESSAGE_KEYS})
+        keys = {key: raw[key] for key in MESSAGE_KEYS if not _is_absent(raw.get(key))}
+        for key, entry in keys.items():
+            _check_key(f"{name}.{key}", key, entry)
     if not isinstance(role, str) or not role:
         raise DataError(f"`{name}.role` is {_kind(role)}; must be text such as user or assistant.")
-    if not isinstance(content, str):
+    if isinstance(content, str):
+        content = _unicode(f"{name}.content", content)
+    elif content is not None or "tool_calls" not in keys:
         raise DataError(f"`{name}.content` is {_kind(content)}; must be text.")
-    return {"role": role, "content": _unicode(f"{name}.content", content)}
+    return {"role": role, "content": content, **keys}
+
+
+def _check_key(name: str, key: str, value: Any) -> None:
+    if key == "tool_calls":
+        _check_objects(name, value)
+    elif not isinstance(value, str):
+        raise DataError(f"`{name}` is {_kind(value)}; must be text.")
+    else:
+        _unicode(name, value)
+
+
+def _tools(record: dict[str, Any]) -> list[Tool] | None:
+    tools = record.get("tools")
+    if isinstance(tools, str) and tools:
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise DataError("`tools` is text, but not JSON; must be a list of objects.") from None
+    if _is_absent(tools):
+        return None
+    _check_objects("tools", tools)
+    assert isinstance(tools, list)
+    return tools
+
+
+def _is_absent(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def _check_objects(name: str, value: Any) -> None:
+    """Raises DataError unless it is a list of objects that JSON and a tokenizer can hold."""
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        raise DataError(f"`{name}` is {_kind(value)}; must be a list of objects.")
+    try:
+        _unicode(name, json.dumps(value, ensure_ascii=False))
+    except (TypeError, RecursionError) as error:
+        raise DataError(f"`{name}` cannot be written as JSON: {error}.") from None
 
 
 def _unicode(name: str, text: str) -> str:

@@ -206,7 +206,8 @@ def _encode(
     report: EncodeReport,
 ) -> Iterator[PreferenceGroup]:
     rows = [
-        [Row(g.prompt, r, f) for r, f in zip(g.responses, g.finished, strict=True)] for g in groups
+        [Row(g.prompt, r, f, g.tools) for r, f in zip(g.responses, g.finished, strict=True)]
+        for g in groups
     ]
     encoded = iter(template.encode([row for group in rows for row in group]))
     for group, group_rows in zip(groups, rows, strict=True):

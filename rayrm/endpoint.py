@@ -39,6 +39,7 @@ import rayrm
 from rayrm.callers import this_caller
 from rayrm.client import RewardClient, backoff
 from rayrm.config import OWN, HttpSection, ServeConfig
+from rayrm.data import MESSAGE_KEYS
 from rayrm.engine import Rewards
 from rayrm.errors import (
     ConfigError,
@@ -78,14 +79,25 @@ TextOrIds = Annotated[
                     "type": "array",
                     "items": {
                         "type": "object",
-                        "properties": {"role": {"type": "string"}, "content": {"type": "string"}},
-                        "required": ["role", "content"],
+                        "properties": {
+                            "role": {"type": "string"},
+                            "content": {"type": ["string", "null"]},
+                            "tool_calls": {"type": ["array", "null"], "items": {"type": "object"}},
+                            **{key: {"type": ["string", "null"]} for key in MESSAGE_KEYS[1:]},
+                        },
+                        "required": ["role"],
                     },
                 },
                 {"type": "array", "items": {"type": "integer"}},
             ]
         }
     ),
+]
+
+
+Schemas = Annotated[
+    Any,
+    WithJsonSchema({"type": ["array", "null"], "items": {"type": "object"}}),
 ]
 
 
@@ -100,6 +112,8 @@ class ScoreRow(Body):
     """As the prompt is."""
     finished: bool = True
     """False where the sampler cut the response off."""
+    tools: Schemas = None
+    """What can be called, as JSON schemas, for the chat template."""
 
 
 class ScoreRequest(Body):
@@ -194,7 +208,7 @@ class Endpoint:
     async def score(self, request: ScoreRequest) -> ScoreResponse:
         """Rewards of rows, each a prompt and a response; a bad row gets an error of its own."""
         self._check_count(len(request.rows))
-        rows = [Row(row.prompt, row.response, row.finished) for row in request.rows]
+        rows = [Row(row.prompt, row.response, row.finished, row.tools) for row in request.rows]
         if request.tokenizer is None and any(is_ids(row.response) for row in rows):
             raise HTTPException(
                 422, "rows hold token ids: send the fingerprint of their tokenizer as `tokenizer`"

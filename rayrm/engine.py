@@ -36,7 +36,16 @@ from rayrm.foreign import open_model
 from rayrm.hardware import choose_dtype
 from rayrm.model import DTYPES, RewardNet, check_max_length, load_weights
 from rayrm.packing import Ids, Pack, TokenGroup, plan_packs, share_packs, split_group
-from rayrm.template import Overlong, Row, Template, Tokens, fingerprint, is_ids, prompt_key
+from rayrm.template import (
+    Overlong,
+    Row,
+    Template,
+    Tokens,
+    Tools,
+    fingerprint,
+    is_ids,
+    prompt_key,
+)
 
 Texts = Sequence[Text | Tokens]
 
@@ -180,6 +189,7 @@ class RewardModel:
         rewards: None = None,
         groups: Sequence[Texts] | None = None,
         finished: Sequence[bool] | None = None,
+        tools: Sequence[Tools | None] | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
     ) -> Rewards: ...
 
@@ -192,6 +202,7 @@ class RewardModel:
         rewards: Sequence[str],
         groups: Sequence[Texts] | None = None,
         finished: Sequence[bool] | None = None,
+        tools: Sequence[Tools | None] | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
     ) -> dict[str, Rewards]: ...
 
@@ -203,6 +214,7 @@ class RewardModel:
         rewards: Sequence[str] | None = None,
         groups: Sequence[Texts] | None = None,
         finished: Sequence[bool] | None = None,
+        tools: Sequence[Tools | None] | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
     ) -> Rewards | dict[str, Rewards]:
         """Rewards of N responses, each to the prompt at its place.
@@ -210,14 +222,15 @@ class RewardModel:
         Or of groups: for each prompt a list of responses, whose rewards come one after the other.
         Equal prompts are computed once, unless the model is deterministic. A row is text,
         messages, or token ids, which are scored exactly as given. finished: False where the sampler
-        cut the response off. tokenizer: what made the ids, or its fingerprint; another tokenizer's
+        cut the response off. tools: for each prompt what can be called there, as JSON schemas, or
+        None. tokenizer: what made the ids, or its fingerprint; another tokenizer's
         ids are errors. rewards: instead of this model's own reward, those of these names, each with
         its Rewards; its own is "default", the others are its adapters'. A bad row gets its RowError
         and NaN, the others are scored. Raises ValueError where the lists differ in length,
         UnknownReward.
         """
         models = {name: self.named(name) for name in check_names(rewards)}
-        rows = make_rows(prompts, responses, finished, groups)
+        rows = make_rows(prompts, responses, finished, groups, tools)
         warn_unnamed_ids(rows, tokenizer)
         encoded = self.encode(rows, tokenizer)
         scored = {
@@ -387,11 +400,18 @@ def make_rows(
     responses: Texts | None,
     finished: Sequence[bool] | None = None,
     groups: Sequence[Texts] | None = None,
+    tools: Sequence[Tools | None] | None = None,
 ) -> list[Row]:
     """Rows of N prompts and N responses, or of prompts and the group of responses to each.
 
-    ValueError where the lengths differ.
+    tools: one entry for each prompt. ValueError where the lengths differ.
     """
+    tools = [None] * len(prompts) if tools is None else tools
+    if len(tools) != len(prompts):
+        raise ValueError(
+            f"{len(prompts)} prompts, {len(tools)} tools: give a list of JSON schemas per prompt, "
+            "or None"
+        )
     if (responses is None) == (groups is None):
         raise ValueError("give responses, one for each prompt, or groups, a list for each prompt")
     if groups is not None:
@@ -399,6 +419,7 @@ def make_rows(
             raise ValueError(
                 f"{len(prompts)} prompts, {len(groups)} groups: give a list of responses per prompt"
             )
+        tools = [of for of, group in zip(tools, groups, strict=True) for _ in group]
         prompts = [p for p, group in zip(prompts, groups, strict=True) for _ in group]
         responses = [response for group in groups for response in group]
     assert responses is not None
@@ -410,7 +431,8 @@ def make_rows(
             f"{len(prompts)} prompts, {len(responses)} responses, {len(finished)} finished: "
             "give one of each per row"
         )
-    return [Row(*row) for row in zip(prompts, responses, map(bool, finished), strict=True)]
+    columns = zip(prompts, responses, map(bool, finished), tools, strict=True)
+    return [Row(*row) for row in columns]
 
 
 def warn_unnamed_ids(rows: Sequence[Row], tokenizer: object) -> None:

@@ -159,7 +159,9 @@ def score(
 ) -> list[ScoredGroup]:
     """Each group of text with its rewards; NaN where a response cannot be scored."""
     rows = [
-        Row(g.prompt, r, f) for g in groups for r, f in zip(g.responses, g.finished, strict=True)
+        Row(g.prompt, r, f, g.tools)
+        for g in groups
+        for r, f in zip(g.responses, g.finished, strict=True)
     ]
     encoded = model.encode(rows)
     rewards = model.collect(encoded, model.score_groups(encoded.groups, progress=progress)).values

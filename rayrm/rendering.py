@@ -18,7 +18,7 @@ from typing import Literal
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from rayrm.data import Message
+from rayrm.data import MESSAGE_KEYS, Message
 from rayrm.dropped import THOUGHT_KEYS, Tools, first_dropped
 from rayrm.errors import EmptyResponse, InvalidRow, ModelError
 from rayrm.sampled import Ends
@@ -30,7 +30,7 @@ Thoughts = Literal["keep", "drop"]
 PROMPT, RESPONSE = "PROMPT", "RESPONSE"
 
 # What a message has for the template; nothing else of it can change a reward.
-KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", *THOUGHT_KEYS)
+KEYS = ("role", "content", *MESSAGE_KEYS)
 
 # A thought that a response begins with; one that was cut off is all of the response.
 _OPEN, _CLOSE = "<think>", "</think>"

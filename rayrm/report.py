@@ -6,6 +6,7 @@ of models, training or Ray.
 
 from __future__ import annotations
 
+import json
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from rayrm.data import Group, Text
+from rayrm.data import MESSAGE_KEYS, Group, Message, Text
 from rayrm.evaluate import (
     REWARD_BENCH,
     Bin,
@@ -545,7 +546,7 @@ def block_of_text(title: str, text: Text, kind: str) -> str:
     messages = [{"role": "", "content": text}] if isinstance(text, str) else text
     parts = []
     for message in messages:
-        content = message["content"]
+        content = shown_message(message)
         if (left_out := len(content) - SHOWN) > 0:
             half = SHOWN // 2
             note = f"\n[… {left_out} characters left out …]\n"
@@ -553,6 +554,16 @@ def block_of_text(title: str, text: Text, kind: str) -> str:
         role = f"<b>{escape(message['role'])}</b>\n" if message["role"] else ""
         parts.append(role + escape(content))
     return f'<p>{escape(title)}</p><pre class="{kind}">{chr(10).join(parts) or " "}</pre>'
+
+
+def shown_message(message: Message) -> str:
+    """What a message says, its tool calls and thoughts by their keys."""
+    said = {key: message[key] for key in MESSAGE_KEYS if key in message}
+    lines = [
+        f"[{key}] {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
+        for key, value in said.items()
+    ]
+    return "\n".join([*lines, message["content"] or ""]) if lines else str(message["content"])
 
 
 def number(value: Any) -> str:

@@ -1,5 +1,10 @@
 """Paths, globs, directories and hub names → the raw records in them, with their row numbers.
 
+A dataset on the hub is OWNER/NAME, /CONFIGURATION behind it where it has several and @SPLIT where
+the reader's own is not meant: org/prefs/en@train_prefs. (Old names without an owner have no
+configuration: imdb@test.) A local path of that name goes first; "hub:" in front says that none is
+meant, and allows slices: hub:org/prefs@train[:100].
+
 JSON is read as it is; Parquet and Arrow, saved datasets and the hub through `datasets`. Knows
 nothing of what a record means.
 """
@@ -22,7 +27,14 @@ from rayrm.errors import DataError
 _JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 _ARROW_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
 _SUFFIXES = ", ".join((*_JSON_SUFFIXES, *_ARROW_FORMATS))
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB = "hub:"
+_HUB_PART = r"[A-Za-z0-9][\w.-]*"
+_HUB_NAME = re.compile(
+    rf"(?P<name>{_HUB_PART}(/{_HUB_PART})?)(/(?P<configuration>[\w.-]+))?(@(?P<split>[\w.:%+[\]-]+))?"
+)
+
+# Columns, and keys of messages, whose objects are of a kind each: arguments, and their schemas.
+_SCHEMALESS = ("tools", "tool_calls")
 
 # The words that `datasets` takes for a split in the names of a directory's files.
 _SPLIT_WORDS = {
@@ -41,6 +53,8 @@ Rows = Iterable[tuple[int, Any]]
 def absolute(path: str) -> str:
     """A local path or glob from this process's directory, for others to open; hub names stay."""
     here = Path(path).expanduser()
+    if path.startswith(_HUB):
+        return path
     if here.exists() or has_magic(path) or _readable(here) or not _HUB_NAME.fullmatch(path):
         return str(here.absolute())
     return path
@@ -49,6 +63,10 @@ def absolute(path: str) -> str:
 def open_sources(path: str, split: str, ignored: list[str]) -> list[tuple[str, Rows]]:
     """What `path` names, as (name, rows) in reading order. Adds files it passes by to `ignored`."""
     here = Path(path).expanduser()
+    if path.startswith(_HUB):
+        if not (named := _HUB_NAME.fullmatch(path.removeprefix(_HUB))):
+            raise DataError(f"{path!r}: must be {_HUB}OWNER/NAME[/CONFIGURATION][@SPLIT].")
+        return [(path, _hub_rows(path, named, split))]
     if here.is_dir():
         files = _directory(here, split, ignored)
     elif here.exists():
@@ -65,8 +83,8 @@ def open_sources(path: str, split: str, ignored: list[str]) -> list[tuple[str, R
         ]
         if not files:
             raise DataError(f"{here.absolute()}: no file of {_SUFFIXES} matches this pattern.")
-    elif _HUB_NAME.fullmatch(path) and not _readable(here):
-        return [(path, _hub_rows(path, split))]
+    elif (named := _HUB_NAME.fullmatch(path)) and not _readable(here):
+        return [(path, _hub_rows(path, named, split))]
     else:
         raise DataError(f"{here.absolute()}: no such file or directory (given as {path!r}).")
     return [(str(file), _file_rows(file, split)) for file in files]
@@ -157,7 +175,7 @@ def _arrow_rows(path: Path) -> Rows:
     try:
         file = escape(str(path))
         rows = datasets.load_dataset(kind, data_files=file, split="train", streaming=True)
-        yield from enumerate(rows, 1)
+        yield from _numbered(rows)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{path.resolve()}: cannot be read as {kind}: {error}") from error
 
@@ -175,17 +193,40 @@ def _saved_rows(directory: Path, split: str) -> Rows:
                 f"{directory.resolve()}: no split {split!r} in it; it has {', '.join(saved)}."
             )
         saved = saved[split]
-    yield from enumerate(saved, 1)
+    yield from _numbered(saved)
 
 
-def _hub_rows(name: str, split: str) -> Rows:
+def _hub_rows(path: str, named: re.Match[str], split: str) -> Rows:
     import datasets
 
+    split = named["split"] or split
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = datasets.load_dataset(named["name"], named["configuration"], split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        where = "" if path.startswith(_HUB) else f"nothing at {Path(path).absolute()}, and "
         raise DataError(
-            f"{name!r}: nothing at {Path(name).absolute()}, and split {split!r} of the hub dataset "
-            f"of this name cannot be read: {error}"
+            f"{path!r}: {where}split {split!r} of the hub dataset of this name cannot be read: "
+            f"{error}"
         ) from error
-    yield from enumerate(rows, 1)
+    yield from _numbered(rows)
+
+
+def _numbered(rows: Iterable[dict[str, Any]]) -> Rows:
+    for row, record in enumerate(rows, 1):
+        yield row, _as_in_json(record)
+
+
+def _as_in_json(value: Any, inside: bool = False) -> Any:
+    """A value of Arrow, where all objects of a column have the same keys; inside: of _SCHEMALESS.
+
+    There a null is a key that the object lacks; what is not of them stays as it is.
+    """
+    if isinstance(value, list):
+        return [_as_in_json(entry, inside) for entry in value]
+    if isinstance(value, dict):
+        return {
+            key: _as_in_json(entry, inside or key in _SCHEMALESS)
+            for key, entry in value.items()
+            if not (inside and entry is None)
+        }
+    return value

@@ -447,6 +447,8 @@ def check_row(row: Row) -> None:
             '({"role": …, "content": …} with text content) or token ids; '
             f"got {wrong or f'{_describe(row.prompt)} and {_describe(row.response)}'}"
         )
+    if row.tools and "ids" in kinds:
+        raise InvalidRow("token ids hold what the tools were rendered to: leave tools out")
     if row.tools is not None and not (_is_objects(row.tools) and _is_json(row.tools)):
         raise InvalidRow(f"tools must be a list of JSON schemas, got {_describe(row.tools)}")
 
@@ -503,7 +505,7 @@ def _is_objects(value: object) -> bool:
 
 def _is_json(value: object) -> bool:
     try:
-        json.dumps(value)
+        json.dumps(value, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError):
         return False
     return True

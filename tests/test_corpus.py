@@ -124,7 +124,10 @@ def test_bad_rows_are_carried_through_with_their_errors(
         ('{"prompt": "Name a fruit.", "response": ""}', "EmptyResponse: "),
         ('{"prompt": "Name a fruit.", "response": "' + "plum " * 300 + '"}', "RowTooLong: "),
         ('{"prompt": "Name a fruit.", "response": 3}', "row 4: `response` is a number"),
-        ('{"prompt": "Name a fruit.", "response": "Plum.", "tools": [1]}', "`tools` would be lost"),
+        (
+            '{"prompt": "Name a fruit.", "response": "Plum.", "tools": [1]}',
+            "`tools` is a list; must",
+        ),
         ('{"prompt": "Name a fruit."}', "has none, or too many, of: prompt and response"),
         ('{"question": "Name a fruit.", "response": "Plum."}', "`question` would be lost"),
         ('{"prompt": "half \\ud83d", "response": "Plum."}', "lone surrogate"),
@@ -589,5 +592,29 @@ def test_a_record_tells_its_prompt_and_responses() -> None:
         with pytest.raises(DataError, match=message):
             read_sampled(record)
     prompt = [{"role": "user", "content": "a"}]
-    (error,) = read_sampled({"prompt": prompt, "response": [*prompt, turn]}).responses
-    assert "repeats `prompt`" in str(error)
+    for asked in (prompt, prompt[0], "a"):  # a response that repeats its prompt, which stands once
+        sampled = read_sampled({"prompt": asked, "response": [*prompt, turn]})
+        assert (sampled.prompt, sampled.responses) == (prompt, [[turn]])
+        sampled = read_sampled({"prompt": asked, "responses": [turn, [turn], "b", 3]})
+        assert sampled.responses[:3] == [[turn], [turn], "b"] and sampled.prompt == prompt
+        assert isinstance(sampled.responses[3], DataError)
+    with pytest.raises(DataError, match="`prompt` is text, but the messages of `response`"):
+        read_sampled({"prompt": "b", "response": [*prompt, turn]})
+
+
+def test_a_record_tells_its_tools_and_the_keys_that_mean_nothing() -> None:
+    """What means nothing is counted; whatever scores the rows is given the rest."""
+    tools = [{"name": "weather"}]
+    turn = {"role": "assistant", "content": None, "tool_calls": [{"name": "weather"}]}
+    question = {"role": "user", "content": "a", "id": 7, "name": ""}
+    records = [
+        ("row 1", {"messages": [question, turn], "tools": tools}),
+        ("row 2", {"prompt": [question], "response": [turn], "tools": json.dumps(tools)}),
+        ("row 3", {"prompt": "a", "response": "b", "tools": []}),
+    ]
+    part = Part(0, records)
+    asked = [{"role": "user", "content": "a"}]
+    assert part.rows == [(asked, [turn], True, tools)] * 2 + [("a", "b", True, None)]
+    assert part.ignored == {"message.id"}
+    scored = ScoredCorpus(3, 0, 0, 1.0, [], sorted(part.ignored))
+    assert str(scored) == "3 rows scored in 1.0 s (3.0 rows/s), ignored keys: message.id"

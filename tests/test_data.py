@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrm.data import Group, Preference, data_fingerprint, read_groups
+from rayrm.data import MESSAGE_KEYS, Group, Preference, data_fingerprint, read_groups
 from rayrm.errors import DataError
+from rayrm.sources import absolute
 
 Record = dict[str, Any]
 
@@ -36,8 +37,9 @@ Q, GOOD, BAD, WORSE = (
     assistant("Quito"),
     assistant("?"),
 )
-PAIR = {"prompt": [Q], "chosen": [GOOD], "rejected": [BAD]}
-TEXT_PAIR = {"prompt": "Capital of Peru?", "chosen": "Lima", "rejected": "Quito"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+PAIR: Record = {"prompt": [Q], "chosen": [GOOD], "rejected": [BAD]}
+TEXT_PAIR: Record = {"prompt": "Capital of Peru?", "chosen": "Lima", "rejected": "Quito"}
 
 
 def write(path: Path, records: list[Any]) -> str:
@@ -88,6 +90,58 @@ def read(tmp_path: Path) -> Any:
         ),
         pytest.param(TEXT_PAIR, "Capital of Peru?", ["Lima", "Quito"], id="explicit text"),
         pytest.param(
+            {"prompt": "Capital of Peru?", "chosen": [Q, GOOD], "rejected": [Q, BAD]},
+            [Q],
+            [[GOOD], [BAD]],
+            id="text that messages repeat, as in ultrafeedback_binarized",
+        ),
+        pytest.param(
+            {
+                "prompt": "Capital of Peru? ",
+                "chosen": [SYSTEM, Q, WORSE, user("Sure?"), GOOD],
+                "rejected": [SYSTEM, Q, WORSE, user("Sure?"), BAD],
+            },
+            [SYSTEM, Q, WORSE, user("Sure?")],
+            [[GOOD], [BAD]],
+            id="text that is one of several turns, as in hh-rlhf-trl-style",
+        ),
+        pytest.param(
+            {"prompt": "Capital of Peru?", "chosen": [GOOD], "rejected": BAD},
+            [Q],
+            [[GOOD], [BAD]],
+            id="text, answered by messages",
+        ),
+        pytest.param(
+            {"prompt": "", "chosen": [Q, GOOD], "rejected": [Q, BAD]},
+            [Q],
+            [[GOOD], [BAD]],
+            id="empty text beside messages",
+        ),
+        pytest.param(
+            {"prompt": [Q], "chosen": [Q, GOOD], "rejected": [Q, BAD]},
+            [Q],
+            [[GOOD], [BAD]],
+            id="messages that messages repeat",
+        ),
+        pytest.param(
+            {"prompt": [Q], "chosen": [Q, GOOD], "rejected": [BAD]},
+            [Q],
+            [[GOOD], [BAD]],
+            id="messages that one response repeats",
+        ),
+        pytest.param(
+            {"prompt": Q, "chosen": GOOD, "rejected": BAD},
+            [Q],
+            [[GOOD], [BAD]],
+            id="single messages",
+        ),
+        pytest.param(
+            {"prompt": Q, "responses": [BAD, GOOD], "ranks": [2, 1]},
+            [Q],
+            [[BAD], [GOOD]],
+            id="a ranking of single messages",
+        ),
+        pytest.param(
             {"chosen": "Q: Lima", "rejected": "Q: Quito"}, "", ["Q: Lima", "Q: Quito"], id="text"
         ),
         pytest.param(
@@ -106,7 +160,7 @@ def test_a_pair_is_told_from_its_columns(
 ) -> None:
     (group,), _ = read(record)
     assert (group.prompt, group.responses) == (prompt, responses)
-    assert group.preferences == [Preference(0, 1)]
+    assert group.preferences == [Preference(1, 0) if "ranks" in record else Preference(0, 1)]
     assert group.finished == [True, True]
 
 
@@ -484,13 +538,73 @@ def test_a_missing_split_of_a_saved_dataset_lists_those_it_has(tmp_path: Path) -
 
 
 def test_a_name_that_is_no_path_is_read_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(name: str, *, split: str) -> datasets.Dataset:
-        return datasets.Dataset.from_list([TEXT_PAIR | {"prompt": f"{name} {split}"}])
+    def load_dataset(name: str, configuration: str | None, *, split: str) -> datasets.Dataset:
+        found = f"{name} {configuration} {split}"
+        return datasets.Dataset.from_list([TEXT_PAIR | {"prompt": found}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    (group,), _ = read_groups("org/prefs", split="test")
-    assert group.prompt == "org/prefs test"
-    assert group.source == "org/prefs:1"
+    for path, found in {
+        "prefs": "prefs None test",
+        "org/prefs": "org/prefs None test",
+        "prefs@train": "prefs None train",
+        "org/prefs@train_prefs": "org/prefs None train_prefs",
+        "org/prefs/en.v1": "org/prefs en.v1 test",
+        "org/prefs/en@train": "org/prefs en train",
+        "hub:prefs": "prefs None test",
+        "hub:org/prefs/en": "org/prefs en test",
+        "hub:org/prefs@train[:10%]+dev": "org/prefs None train[:10%]+dev",
+        "hub:org/prefs/en@train[5:]": "org/prefs en train[5:]",
+    }.items():
+        (group,), _ = read_groups(path, split="test")
+        assert group.prompt == found
+        assert group.source == f"{path}:1"
+        assert absolute(path) == path
+
+
+@pytest.mark.parametrize("path", ["hub:", "hub:a/b/c/d", "hub:org/prefs@", "hub:/x", "hub:*.jsonl"])
+def test_a_name_that_no_hub_has_is_refused(path: str) -> None:
+    with pytest.raises(DataError, match=r"must be hub:OWNER/NAME\[/CONFIGURATION\]\[@SPLIT\]"):
+        read_groups(path)
+
+
+def test_configurations_and_splits_are_those_that_datasets_reads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A dataset's repository on this disk: `datasets` opens it by the name that it has there."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    repository = tmp_path / "org" / "prefs"
+    repository.mkdir(parents=True)
+    card = ["---", "configs:"]
+    for configuration in ("en", "de"):
+        card += [f"- config_name: {configuration}", "  data_files:"]
+        for split in ("train_prefs", "test_prefs"):
+            name = f"{configuration}-{split}.jsonl"
+            prompts = [{"prompt": f"{configuration} {split} {i}"} for i in range(3)]
+            write(repository / name, [TEXT_PAIR | prompt for prompt in prompts])
+            card += [f"  - split: {split}", f"    path: {name}"]
+    (repository / "README.md").write_text("\n".join([*card, "---", ""]))
+
+    def prompts_of(path: str, split: str = "train") -> list[Any]:
+        return [group.prompt for group in read_groups(path, split=split)[0]]
+
+    for prefix in ("", "hub:"):
+        found = prompts_of(f"{prefix}org/prefs/de@test_prefs")
+        assert found == [f"de test_prefs {i}" for i in range(3)]
+        assert prompts_of(f"{prefix}org/prefs/en", "train_prefs")[0] == "en train_prefs 0"
+    assert prompts_of("hub:org/prefs/en@test_prefs[1:2]") == ["en test_prefs 1"]
+    with pytest.raises(DataError, match=r"'hub:org/prefs/fr': split 'train' .*fr"):
+        prompts_of("hub:org/prefs/fr")
+    assert len(prompts_of("org/prefs")) == 6  # a path goes first: the files of all configurations
+
+
+def test_a_path_begins_at_the_users_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a.jsonl", [PAIR])
+    for path in ("~/a.jsonl", "~/*.jsonl", "~"):
+        groups, _ = read_groups(path)
+        assert len(groups) == 1
+        assert absolute(path) == path.replace("~", str(tmp_path))
 
 
 def test_a_missing_hub_dataset_says_where_it_was_looked_for(
@@ -499,11 +613,14 @@ def test_a_missing_hub_dataset_says_where_it_was_looked_for(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=rf"nothing at {tmp_path}/org/prefs, .*split 'train'.*hub"):
-        read_groups("org/prefs")
+    for path, split in (("org/prefs", "train"), ("org/prefs/en@dev", "dev")):
+        with pytest.raises(
+            DataError, match=f"nothing at {tmp_path / path}, .*split '{split}'.*hub"
+        ):
+            read_groups(path)
 
 
-@pytest.mark.parametrize("path", ["missing.jsonl", "./missing", "a/b/c", "missing*.jsonl"])
+@pytest.mark.parametrize("path", ["missing.jsonl", "./missing", "a/b/c/d", "missing*.jsonl"])
 def test_a_missing_file_is_named_by_its_absolute_path(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str
 ) -> None:
@@ -566,7 +683,7 @@ RANKED = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}
         ([PAIR], "the record is a list, not an object"),
         (TEXT_PAIR | {"chosen": 3}, "`chosen` is a number; must be text or a list of messages"),
         (TEXT_PAIR | {"rejected": ["a", None]}, r"`rejected\[1\]` is missing"),
-        (TEXT_PAIR | {"rejected": []}, "`rejected` is a list"),
+        (TEXT_PAIR | {"rejected": []}, "`rejected` is empty"),
         (TEXT_PAIR | {"prompt": 3}, "`prompt` is a number"),
         (TEXT_PAIR | {"chosen": ""}, "`chosen` is empty"),
         (TEXT_PAIR | {"chosen": " \n"}, "`chosen` is empty"),
@@ -576,7 +693,12 @@ RANKED = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}
         (PAIR | {"chosen": "Lima"}, "`prompt` is a list but `chosen` is text"),
         (TEXT_PAIR | {"rejected": [BAD]}, "`prompt` is text but `rejected` is a list"),
         (PAIR | {"chosen": [GOOD, Q]}, "`chosen` ends in a 'user' message"),
-        (PAIR | {"chosen": [Q, GOOD]}, "`chosen` repeats `prompt`"),
+        (PAIR | {"prompt": [Q, GOOD], "chosen": [Q, GOOD]}, "`chosen` is the prompt alone"),
+        (
+            TEXT_PAIR | {"chosen": [Q, GOOD], "rejected": [user("?"), BAD]},
+            "give the prompt as mess",
+        ),
+        (PAIR | {"prompt": "?", "chosen": [Q, GOOD]}, "of `chosen` neither repeat it"),
         (PAIR | {"chosen": ["Lima"]}, r"`prompt` is a list but `chosen\[0\]` is text"),
         (PAIR | {"chosen": [{"content": "Lima"}]}, r"`chosen\[0\].role` is missing"),
         (PAIR | {"chosen": [{"role": "assistant"}]}, r"`chosen\[0\].content` is missing"),
@@ -584,7 +706,29 @@ RANKED = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}
             PAIR | {"prompt": [{"role": "user", "content": [{"type": "text"}]}]},
             r"`prompt\[0\].content` is a list; must be text",
         ),
-        (PAIR | {"chosen": [GOOD | {"tool_calls": [1]}]}, "`tool_calls` would be lost"),
+        (
+            PAIR | {"chosen": [GOOD | {"tool_calls": [1]}]},
+            r"`chosen\[0\].tool_calls` is a list; mu",
+        ),
+        (
+            PAIR | {"chosen": [GOOD | {"tool_calls": "f"}]},
+            r"`chosen\[0\].tool_calls` is text; must",
+        ),
+        (PAIR | {"prompt": [Q | {"name": 3}]}, r"`prompt\[0\].name` is a number; must be text"),
+        (
+            PAIR | {"prompt": [Q | {"thinking": "\ud83d"}]},
+            r"`prompt\[0\].thinking` has a lone surro",
+        ),
+        (
+            PAIR | {"chosen": [GOOD | {"tool_calls": [{"name": "\ud83d"}]}]},
+            r"`chosen\[0\].tool_calls` has a lone surrogate",
+        ),
+        (
+            PAIR | {"chosen": [GOOD | {"function_call": {"name": "f"}}]},
+            r"`chosen\[0\].function_call` would be lost; a template reads `tool_calls`",
+        ),
+        (PAIR | {"chosen": [GOOD | {"reasoning": "hm"}]}, "reads `reasoning_content`"),
+        (PAIR | {"chosen": [{"role": "assistant", "name": "x"}]}, r"`chosen\[0\].content` is miss"),
         (
             {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "c"},
             "`rejected` must begin with .*Human:",
@@ -614,7 +758,10 @@ RANKED = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}
         (TEXT_PAIR | {"finished": [True, True]}, "use chosen_finished, rejected_finished"),
         (RANKED | {"finished": [True]}, "`finished` must be true or false for each of the 2"),
         (RANKED | {"chosen_finished": True}, "use finished"),
-        (TEXT_PAIR | {"tools": [{"name": "f"}]}, "`tools` would be lost"),
+        (TEXT_PAIR | {"tools": {"name": "f"}}, "`tools` is an object; must be a list of objects"),
+        (TEXT_PAIR | {"tools": ["f"]}, "`tools` is a list; must be a list of objects"),
+        (TEXT_PAIR | {"tools": "get_weather"}, "`tools` is text, but not JSON"),
+        (TEXT_PAIR | {"functions": [{"name": "f"}]}, "`functions` would be lost"),
         (TEXT_PAIR | {"chat_template_kwargs": {"a": 1}}, "`chat_template_kwargs` would be lost"),
         (TEXT_PAIR | {"images": ["a.png"]}, "`images` would be lost"),
         ({"question": "Q?", "chosen": "a", "rejected": "b"}, "`question` .* rename .* to prompt"),
@@ -650,8 +797,95 @@ def test_only_bad_records_is_an_error_that_shows_the_first(read: Any) -> None:
 def test_columns_without_a_meaning_are_reported(read: Any) -> None:
     record = PAIR | {"chosen": [GOOD | {"weight": 1}], "source": "s", "question": "q", "tools": []}
     _, report = read(record, PAIR | {"model": "m"})
-    assert report.ignored_columns == ["message.weight", "model", "question", "source", "tools"]
-    assert "ignored columns: message.weight model question source tools" in str(report)
+    assert report.ignored_columns == ["message.weight", "model", "question", "source"]
+    assert "ignored columns: message.weight model question source" in str(report)
+
+
+# Keys of messages, and tools
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Lima"}}}
+KEYS: Record = {
+    "tool_calls": [CALL],
+    "tool_call_id": "call_1",
+    "name": "ann",
+    "reasoning_content": "Hm.",
+    "thinking": "Well.",
+}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"a": {}, "b": []}}}]
+
+
+@pytest.mark.parametrize("key", MESSAGE_KEYS)
+def test_a_key_of_a_message_is_kept_and_an_empty_one_is_absent(read: Any, key: str) -> None:
+    said = {key: KEYS[key]}
+    (group,), report = read(PAIR | {"prompt": [Q | said], "chosen": [GOOD | said]})
+    assert (group.prompt, group.responses) == ([Q | said], [[GOOD | said], [BAD]])
+    assert report.ignored_columns == []
+    for empty in (None, "", [], {}):
+        (group,), report = read(PAIR | {"prompt": [Q | {key: empty}]})
+        assert group.prompt == [Q] and report.ignored_columns == []
+
+
+def test_a_response_may_be_a_call_alone(read: Any) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    (group,), _ = read(PAIR | {"chosen": [call]}, PAIR | {"chosen": {**call}, "prompt": Q})
+    assert group.responses == [[call], [BAD]]
+    without = {key: value for key, value in call.items() if key != "content"}
+    (group,), _ = read(PAIR | {"chosen": without})
+    assert group.responses[0] == [call]
+
+
+def test_tools_are_read_as_a_list_or_as_its_json(read: Any) -> None:
+    (group,), report = read(PAIR | {"tools": TOOLS}, PAIR | {"tools": json.dumps(TOOLS)})
+    assert group.tools == TOOLS and report.merged == 1
+    for empty in (None, [], "", "[]", {}):
+        (group,), report = read(PAIR | {"tools": empty})
+        assert group.tools is None and report.ignored_columns == []
+
+
+def test_prompts_that_differ_in_a_key_or_in_tools_are_groups_of_their_own(read: Any) -> None:
+    """And data of their own, also where arguments differ in their order alone."""
+    arguments = [{"a": 1, "b": 2}, {"b": 2, "a": 1}]
+    calls = [Q | {"tool_calls": [{"name": "f", "arguments": given}]} for given in arguments]
+    prompts = [[Q], *([Q | {key: value}] for key, value in KEYS.items()), *([c] for c in calls)]
+    other = [
+        {"type": "function", "function": {"name": "weather", "parameters": {"b": [], "a": {}}}}
+    ]
+    records = [PAIR | {"prompt": prompt} for prompt in prompts]
+    records += [PAIR | {"tools": tools} for tools in (TOOLS, other)]
+    groups, report = read(*records)
+    assert len(groups) == len(records) and report.merged == 0
+    assert len({data_fingerprint([group]) for group in groups}) == len(groups)
+
+
+def test_responses_that_differ_in_a_key_alone_are_two(read: Any) -> None:
+    for key, value in KEYS.items():
+        (group,), report = read(PAIR | {"rejected": [GOOD | {key: value}]})
+        assert len(group.responses) == 2 and report.ties == 0
+
+
+def test_parquet_gives_the_keys_that_the_json_has(tmp_path: Path) -> None:
+    """There every message has all keys, and every object of a column those of all the others."""
+    weather: Record = {"name": "weather", "arguments": {"city": "Lima"}}
+    time: Record = {"name": "time", "arguments": {"zone": "UTC", "at": [{"h": 1}, {"m": 2}]}}
+    calls = [
+        {"role": "assistant", "content": None, "tool_calls": [call]} for call in (weather, time)
+    ]
+    tools = [
+        {"name": "weather", "in": {"city": {"x": 2}}},
+        {"name": "time", "in": {"zone": {"x": 1}}},
+    ]
+    records = [
+        PAIR | {"prompt": [Q, call, {"role": "tool", "content": "18", "tool_call_id": "1"}]} | more
+        for call in calls
+        for more in ({"tools": None}, {"tools": tools})
+    ]
+    expected, _ = read_groups(write(tmp_path / "a.jsonl", records))
+    assert expected[-1].prompt[1] == calls[1] and expected[-1].tools == tools
+    for make in (_parquet, _saved, _arrow_file):
+        groups, report = read_groups(str(make(tmp_path, records)))
+        assert [(g.prompt, g.tools) for g in groups] == [(g.prompt, g.tools) for g in expected]
+        assert data_fingerprint(groups) == data_fingerprint(expected)
+        assert report.ignored_columns == []
 
 
 # Fingerprint
@@ -666,6 +900,16 @@ def test_the_fingerprint_does_not_depend_on_file_names_or_on_how_files_are_cut(
     )
     assert data_fingerprint(whole) == data_fingerprint(parts)
     assert len(data_fingerprint(whole)) == 64
+
+
+def test_the_fingerprint_of_data_without_keys_and_tools_is_pinned(read: Any) -> None:
+    """A run resumes by it: another one would not resume the runs of an earlier version."""
+    named = {"margin": 0.5, "label": 0.9, "subset": "s"}
+    text = {"prompt": "Ünï?", "chosen": "a", "rejected": ["b", "c"]}
+    groups, _ = read(PAIR | named, text | {"rejected_finished": [True, False]})
+    assert data_fingerprint(groups) == (
+        "4d87f54785283f0b397027d81882990e260c50b32dec2dde91e9291b9e84f2e9"
+    )
 
 
 def test_the_fingerprint_changes_with_any_content() -> None:
@@ -689,6 +933,8 @@ def test_the_fingerprint_changes_with_any_content() -> None:
         {"preferences": [Preference(0, 1, label=0.5)]},
         {"finished": [True, False]},
         {"subset": "s"},
+        {"tools": TOOLS},
+        *({"prompt": [user("p") | {key: value}]} for key, value in KEYS.items()),
     ]
     assert len({fingerprint(), *(fingerprint(**change) for change in changes)}) == 1 + len(changes)
     assert fingerprint(source="other:9") == fingerprint()
