@@ -112,10 +112,14 @@ def accuracy_table(before: dict[str, Any], after: dict[str, Any], words: float) 
     rows = [("all", before, after)]
     rows += [(f"  {k}", before["subsets"][k], after["subsets"][k]) for k in after["subsets"]]
     lines += [
-        f"{name:24}{new['pairs']:>7}{old['accuracy']:>8.3f}{new['accuracy']:>9.3f}"
+        f"{name:24}{new['pairs']:>7}{figure(old['accuracy']):>8}{figure(new['accuracy']):>9}"
         for name, old, new in rows
     ]
     return "\n".join([*lines, f"{'bag of words + length':24}{'':7}{'':8}{words:>9.3f}", ""])
+
+
+def figure(accuracy: float | None) -> str:
+    return "n/a" if accuracy is None else f"{accuracy:.3f}"
 
 
 def records(file: Path) -> list[dict[str, Any]]:

@@ -29,7 +29,8 @@ def main() -> None:
     print(f"export: {result.export}")
     if result.metrics:
         accuracy, pairs = result.metrics["accuracy"], result.metrics["pairs"]
-        print(f"held-out accuracy: {accuracy:.3f} on {pairs} pairs")
+        figure = "n/a" if accuracy is None else f"{accuracy:.3f}"
+        print(f"held-out accuracy: {figure} on {pairs} pairs")
     if result.report:
         print(f"report: {result.report}")
 

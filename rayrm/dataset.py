@@ -111,11 +111,15 @@ class EncodeReport:
 
 @dataclass(frozen=True)
 class PreferenceData:
-    """Groups, or parts of them, on disk, read one by one; fingerprint names their text."""
+    """Groups, or parts of them, on disk, read one by one.
+
+    fingerprint names their text, text_to_ids what made ids of it (fingerprints.py).
+    """
 
     table: Dataset
     report: EncodeReport
     fingerprint: str
+    text_to_ids: str
 
     def __len__(self) -> int:
         return len(self.table)
@@ -195,7 +199,7 @@ def encode_groups(
                 raise
             shutil.rmtree(partial)  # another rank was first
     report = EncodeReport(**json.loads((directory / "report.json").read_text()))
-    return PreferenceData(load_from_disk(str(directory)), report, made_from)
+    return PreferenceData(load_from_disk(str(directory)), report, made_from, text_to_ids)
 
 
 def _encode(

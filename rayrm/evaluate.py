@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from rayrm.data import Group
 from rayrm.engine import RewardModel
+from rayrm.packing import Ids
 from rayrm.template import Row
 
 Floats = NDArray[np.floating]
@@ -165,6 +166,8 @@ def score(
     ]
     encoded = model.encode(rows)
     rewards = model.collect(encoded, model.score_groups(encoded.groups, progress=progress)).values
+    for group, owners in zip(encoded.groups, encoded.owners, strict=True):
+        rewards[owners] = equal_for_equals(group.rows, rewards[owners])
     ends = np.cumsum([len(g.responses) for g in groups])[:-1]
     columns = (np.split(column, ends) for column in (rewards, encoded.tokens, encoded.truncated))
     return [
@@ -179,6 +182,12 @@ def score(
         )
         for g, r, n, t in zip(groups, *columns, strict=True)
     ]
+
+
+def equal_for_equals(rows: Sequence[Ids], rewards: Floats) -> Floats:
+    """Rewards of which rows of the same ids have the same: packed, they differ by rounding."""
+    first: dict[bytes, int] = {}
+    return rewards[[first.setdefault(row.tobytes(), i) for i, row in enumerate(rows)]]
 
 
 def summarize(groups: Sequence[ScoredGroup]) -> dict[str, Any]:

@@ -297,10 +297,11 @@ def write_model_card(directory: Path, export: Export) -> None:
         f"| training data | {provenance['data']} (`{provenance['data_fingerprint'][:12]}`) |",
     ]
     if accuracy is not None:
-        lines += [
-            f"| held-out accuracy | {accuracy:.3f} on {evaluation['pairs']} pairs |",
-            f"| held-out rewards | mean {export.reward_mean:.3f}, std {export.reward_std:.3f} |",
-        ]
+        lines.append(f"| held-out accuracy | {accuracy:.3f} on {evaluation['pairs']} pairs |")
+    if export.reward_mean is not None:
+        lines.append(
+            f"| held-out rewards | mean {export.reward_mean:.3f}, std {export.reward_std:.3f} |"
+        )
     if export.adapter:
         lines.append(
             f"| adapter by itself | `{ADAPTER}/`, for peft; version `{export.adapter_version}` |"

@@ -41,7 +41,7 @@ from rayrm.config import TrainConfig, TrainSection
 from rayrm.data import Group, read_groups
 from rayrm.dataset import PreferenceData, PreferenceGroup, Schedule, encode_groups
 from rayrm.errors import ConfigError, DataError, ModelError, TrainingError
-from rayrm.evaluate import ScoredGroup, summarize
+from rayrm.evaluate import ScoredGroup, equal_for_equals, summarize
 from rayrm.hardware import choose_dtype, fast_dtype
 from rayrm.lora import add_adapters, check_frozen, hash_frozen
 from rayrm.loss import Pairs, bradley_terry, plackett_luce
@@ -124,6 +124,12 @@ class Rank:
                 raise TrainingError(
                     f"the checkpoint of step {state['step']} was trained on other data: data.train "
                     "has changed since the run was started; give this run another name"
+                )
+            if state.get("text_to_ids", self.train.text_to_ids) != self.train.text_to_ids:
+                raise TrainingError(
+                    f"the checkpoint of step {state['step']} was trained on other ids: tokenizer or "
+                    f"chat template of {config.model.path} have changed since the run was started; "
+                    "put them back, or give this run another name"
                 )
             # One that does not say was trained with every prompt as one group.
             if state.get("groups", self.train.report.groups) != len(self.train):
@@ -615,9 +621,10 @@ def collate_pairs(
     return Pairs(*(torch.from_numpy(column).to(device) for column in columns))
 
 
-def scored_group(group: PreferenceGroup, rewards: NDArray[np.float32]) -> ScoredGroup:
+def scored_group(group: PreferenceGroup, rewards: NDArray[np.floating]) -> ScoredGroup:
     lengths = np.array([len(suffix) for suffix in group.tokens.suffixes], dtype=np.float64)
     pairs = np.stack([group.chosen, group.rejected], axis=1)
+    rewards = equal_for_equals(group.tokens.rows, rewards)
     return ScoredGroup(rewards, lengths, pairs, group.label, group.subset)
 
 

@@ -13,11 +13,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import date, datetime, time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -154,15 +155,19 @@ def load_base(
     pad_added = set_pad_token(tokenizer)
     config = load_config(directory, dropout=dropout, trust_remote_code=trust_remote_code)
     # One that is to be added has no embedding yet.
-    config.pad_token_id = None if pad_added else tokenizer.pad_token_id
+    embedded = tokenizer.pad_token_id < config.vocab_size
+    config.pad_token_id = tokenizer.pad_token_id if embedded and not pad_added else None
     model, info = AutoModelForSequenceClassification.from_pretrained(
         directory,
         config=config,
         dtype=dtype,
         attn_implementation=attention.NAME,
+        ignore_mismatched_sizes=True,  # said below
         output_loading_info=True,
         trust_remote_code=trust_remote_code,
     )
+    _check_shapes(path, info["mismatched_keys"], config)
+    _check_vocabulary(path, tokenizer, config.vocab_size, pad_added)
     _check_complete(path, set(info["missing_keys"]) - {"score.weight"})
     if "score.bias" in info["unexpected_keys"]:
         raise ModelError(
@@ -171,7 +176,7 @@ def load_base(
         )
     if pad_added:
         before = model.config.vocab_size
-        embeddings = model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        embeddings = model.resize_token_embeddings(_ids(tokenizer), mean_resizing=False)
         embeddings.weight.data[before:] = 0  # drawn anew with every load, they would have no hash
         model.config.pad_token_id = tokenizer.pad_token_id
     model.score = _head(model, init="score.weight" in info["missing_keys"], seed=seed)
@@ -194,6 +199,42 @@ def read_ends(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 def _check_complete(path: object, missing: set[str]) -> None:
     if missing:
         raise ModelError(f"{path} lacks weights: {', '.join(sorted(missing)[:5])}")
+
+
+def _check_shapes(
+    path: object, mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]], config: Any
+) -> None:
+    for name, found, expected in sorted(mismatched):
+        raise ModelError(
+            f"{path} holds {name} of shape {[*found]}, where its config.json (vocab_size "
+            f"{config.vocab_size}) says {[*expected]}: they are not of one model"
+        )
+
+
+def _check_vocabulary(
+    path: str, tokenizer: PreTrainedTokenizerBase, embeddings: int, pad_added: bool
+) -> None:
+    """Raises ModelError where the tokenizer makes ids that have no embedding.
+
+    Special tokens that no row has need none: an image's, say, in Gemma 3's tokenizer.
+    """
+    without = {t: i for t, i in tokenizer.get_vocab().items() if i >= embeddings}
+    unused = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    unused -= {t for t in unused if t in (tokenizer.chat_template or "")}
+    unused -= {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+    if pad_added:  # it gets its embedding
+        unused.add(tokenizer.pad_token)
+    if used := sorted(without.keys() - unused, key=lambda t: without[t]):
+        raise ModelError(
+            f"the tokenizer of {path} has ids up to {_ids(tokenizer) - 1} ({used[-1]!r} is "
+            f"{without[used[-1]]}), its model embeddings for {embeddings} tokens: use the "
+            "tokenizer that the model was trained with, or resize and train the embeddings first"
+        )
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def _head(model: PreTrainedModel, *, init: bool, seed: int) -> RewardHead:
@@ -221,8 +262,10 @@ def load_weights(directory: Path, dtype: torch.dtype, device: torch.device) -> P
         dtype=dtype,
         attn_implementation=attention.NAME,
         use_safetensors=True,
+        ignore_mismatched_sizes=True,  # said below
         output_loading_info=True,
     )
+    _check_shapes(directory, info["mismatched_keys"], config)
     _check_complete(directory, info["missing_keys"])
     unused = {key for key in info["unexpected_keys"] if not IGNORED_WEIGHTS.search(key)}
     if unused - {"score.bias"}:

@@ -45,13 +45,15 @@ def draw_curve(runs: Sequence[tuple[str, list[dict[str, Any]]]], key: str, label
     """A figure of training by step: raw, as a running mean, and on held-out pairs."""
     figure, axes = canvas()
     for (mark, history), colour in zip(runs, COLOURS, strict=False):
-        steps, values = [h["step"] for h in history], [h[key] for h in history]
+        known = [h for h in history if h[key] is not None]
+        steps, values = [h["step"] for h in known], [h[key] for h in known]
         window = max(1, len(history) // 20)
         means = [np.mean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
         axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.5)
         name = "training" if window == 1 else f"training, mean of {window} steps"
         axes.plot(steps, means, color=colour, linewidth=2, label=f"{mark} {name}".strip())
-        held_out = [(h["step"], h[f"eval_{key}"]) for h in history if f"eval_{key}" in h]
+        held_out = [(h["step"], h.get(f"eval_{key}")) for h in history]
+        held_out = [(step, value) for step, value in held_out if value is not None]
         if held_out:
             name = f"{mark} held-out".strip()
             axes.plot(*zip(*held_out, strict=True), "o--", color=colour, label=name)

@@ -172,7 +172,7 @@ class Report:
         for mark, e in self.marked:
             accuracy, pairs = e.figures["accuracy"], e.figures["pairs"]
             if accuracy is None:
-                lines.append(f"{mark} No pair has both its rewards.")
+                lines.append(f"{mark} No pair has a winner and both its rewards.")
                 continue
             low, high = interval(accuracy, pairs)
             lines.append(

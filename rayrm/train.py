@@ -40,7 +40,7 @@ from rayrm.checkpoint import consolidate, load_trained
 from rayrm.config import TrainConfig, TrainSection
 from rayrm.data import read_groups
 from rayrm.engine import RewardModel
-from rayrm.errors import ConfigError, RayrmError, TrainingError
+from rayrm.errors import ConfigError, ExportError, RayrmError, TrainingError
 from rayrm.evaluate import ScoredGroup, score
 from rayrm.export import (
     ADAPTER,
@@ -103,7 +103,7 @@ def fit(config: TrainConfig) -> TrainResult:
     """Train, export, evaluate the export. The same name in the same storage resumes where it was.
 
     Starts Ray if it is not running. A finished run is not trained again: its result is returned.
-    Raises ConfigError, DataError, ModelError, or TrainingError.
+    Raises ConfigError, DataError, ModelError, ExportError, or TrainingError.
     """
     run = run_directory(config)
     if UPLOADS in run:
@@ -115,6 +115,7 @@ def fit(config: TrainConfig) -> TrainResult:
     if exists(f"{run}/export/{RECORD}"):
         log.warning("run %r is finished, its export is at %s/export", config.name, run)
         return read_result(run)
+    check_places(run)
     config = with_absolute_paths(config)
     if not ray.is_initialized():
         ray.init()
@@ -324,6 +325,25 @@ def run_directory(config: TrainConfig) -> str:
 def exists(path: str) -> bool:
     filesystem, inside = fs.FileSystem.from_uri(path)
     return bool(filesystem.get_file_info(inside).type != fs.FileType.NotFound)
+
+
+def check_places(run: str) -> None:
+    """Raises ExportError where something else is at a place that a run writes to when it ends."""
+    filesystem, path = fs.FileSystem.from_uri(run)
+    report, export = filesystem.get_file_info([f"{path}/report", f"{path}/export"])
+    taken = [f"{run}/report"] if report.type == fs.FileType.File else []
+    # A remote directory without a record may be what a kill left of an upload.
+    half = export.type == fs.FileType.Directory and "://" in run
+    empty = export.type == fs.FileType.Directory and not filesystem.get_file_info(
+        fs.FileSelector(export.path)
+    )
+    if export.type != fs.FileType.NotFound and not (half or empty):
+        taken.append(f"{run}/export")
+    if taken:
+        raise ExportError(
+            f"{' and '.join(taken)} would be in the way of what the run writes when it ends: move "
+            "what is there, or give this run another name"
+        )
 
 
 def claim(config: TrainConfig, run: str) -> TrainConfig:

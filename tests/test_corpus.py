@@ -616,5 +616,7 @@ def test_a_record_tells_its_tools_and_the_keys_that_mean_nothing() -> None:
     asked = [{"role": "user", "content": "a"}]
     assert part.rows == [(asked, [turn], True, tools)] * 2 + [("a", "b", True, None)]
     assert part.ignored == {"message.id"}
-    scored = ScoredCorpus(3, 0, 0, 1.0, [], sorted(part.ignored))
-    assert str(scored) == "3 rows scored in 1.0 s (3.0 rows/s), ignored keys: message.id"
+    scored = ScoredCorpus(3, 0, 0, 1.0, "float32", [], ignored_keys=sorted(part.ignored))
+    assert str(scored) == (
+        "3 rows scored in float32 in 1.0 s (3.0 rows/s), ignored keys: message.id"
+    )

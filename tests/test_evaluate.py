@@ -292,6 +292,16 @@ def test_evaluating_is_scoring_and_summing_up(tiny_export: Path) -> None:
     json.dumps(figures, allow_nan=False)
 
 
+def test_responses_that_are_equal_as_ids_tie(tiny_export: Path) -> None:
+    """Computed in one pack they would differ by rounding, and be half right only now and then."""
+    model = RewardModel.load(tiny_export, device="cpu")
+    groups = [
+        preferences(f"{i} blue", ["red", f"apples {i}", "red<|im_end|>"], (0, 2)) for i in range(9)
+    ]
+    figures = evaluate(model, groups)
+    assert (figures["accuracy"], figures["margin"], figures["pairs"]) == (0.5, 0.0, 9)
+
+
 def test_length_counts_response_tokens_even_where_some_prompts_were_cut(tiny_export: Path) -> None:
     """Responses of 5 to 120 characters to one prompt that only the longer ones do not fit with."""
     model = RewardModel.load(

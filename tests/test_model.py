@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from safetensors import safe_open
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -62,6 +64,58 @@ def reference(net: RewardNet) -> RewardNet:
     softcap = getattr(net.model.config, "attn_logit_softcapping", None)
     theirs.model.set_attn_implementation("eager" if softcap else "sdpa")
     return theirs
+
+
+@pytest.mark.parametrize("vocabulary", [300, 500])
+def test_weights_of_another_vocabulary_are_refused_with_both_numbers(
+    tmp_path: Path, vocabulary: int
+) -> None:
+    make_base(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    there = config["vocab_size"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": vocabulary}))
+    for load in (
+        lambda: load_base(str(tmp_path)),
+        lambda: load_weights(tmp_path, torch.float32, torch.device("cpu")),
+    ):
+        with pytest.raises(ModelError, match=rf"\b({there}|{vocabulary})\b") as error:
+            load()
+        assert str(there) in str(error.value) and str(vocabulary) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("added", "settings"),
+    [
+        ("<turn>", {}),
+        ("<turn>", {"special": True, "chat_template": "<turn>{{ messages }}"}),
+        ("<turn>", {"special": True, "eos_token": "<turn>"}),
+        ("<turn>", {"special": True, "pad_token": "<turn>"}),
+        ("<turn>", {"pad_token": None}),
+    ],
+    ids=["text", "in the template", "eos", "pad", "beside an added pad"],
+)
+def test_a_tokenizer_longer_than_the_embedding_is_refused_with_both_numbers(
+    tmp_path: Path, added: str, settings: dict[str, Any]
+) -> None:
+    make_base(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    there = len(tokenizer)
+    tokenizer.add_tokens([added], special_tokens=settings.pop("special", False))
+    for name, value in settings.items():
+        setattr(tokenizer, name, value)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=rf"'<turn>' is {there}.* embeddings for {there} tokens"):
+        load_base(str(tmp_path))
+
+
+def test_special_tokens_that_no_row_has_need_no_embedding(tmp_path: Path) -> None:
+    """Gemma 3's tokenizer has one of an image, which its models of text have no embedding for."""
+    make_base(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path)
+    model, again, _ = load_base(str(tmp_path))
+    assert len(again) == model.config.vocab_size + 1
 
 
 def test_every_backbone_has_a_tiny_config() -> None:

@@ -385,7 +385,7 @@ def test_nothing_judged_is_said_and_not_drawn(tmp_path: Path) -> None:
     groups = [Group("p", ["a", "b"], [Preference(0, 1)], [True] * 2, "", "f:1")]
     failed = ScoredGroup(np.full(2, np.nan), np.array([1, 2]), np.array([[0, 1]]), np.ones(1), "")
     found = written(tmp_path, one([failed]), groups=groups)
-    assert "No pair has both its rewards." in found.text
+    assert "No pair has a winner and both its rewards." in found.text
     assert not found.images and list(found.tables) == ["figures"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,19 @@ import torch
 import torch.distributed as dist
 from ray.train import CheckpointConsistencyMode, get_all_reported_checkpoints
 from ray.train.v2.api.result import Result
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from jobs.train import main
 from rayrm import RewardModel, TrainConfig, fit
 from rayrm.checkpoint import consolidate, save_shards
 from rayrm.config import TrainSection
 from rayrm.data import read_groups
 from rayrm.dataset import PreferenceGroup
-from rayrm.errors import ConfigError, DataError, ModelError, TrainingError
+from rayrm.errors import ConfigError, DataError, ExportError, ModelError, TrainingError
 from rayrm.evaluate import evaluate
 from rayrm.loop import Rank, learning_rate, merge
 from rayrm.template import Row
-from rayrm.train import claim, make_trainer, run_directory
+from rayrm.train import check_places, claim, make_trainer, run_directory
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -342,6 +344,98 @@ def test_trained_rewards_are_exported_and_what_is_exported_was_evaluated(
             for ids, owner in zip(group.rows, owners, strict=True):
                 logit = theirs(torch.from_numpy(ids.astype(np.int64))[None]).logits.item()
                 assert ours[owner] == pytest.approx(logit, abs=1e-5 * max(1.0, float(ours.std())))
+
+
+def test_the_loop_evaluates_as_the_export_is_evaluated_over_long_rows_too(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    """Rows of 20 to 70 tokens where 40 fit, beside one another; pairs that are equal as ids."""
+    rng = np.random.default_rng(3)
+
+    def text(words: int) -> str:
+        return " ".join(rng.choice(COLOURS, words))
+
+    records: list[dict[str, Any]] = [
+        {"prompt": f"{i} {text(7)}", "responses": [text(1), text(4), text(6)], "ranks": [1, 2, 3]}
+        for i in range(12)
+    ]
+    records += [{"prompt": "same", "chosen": "red", "rejected": "red<|im_end|>"}] * 3
+    records.append({"prompt": "half", "chosen": "red", "rejected": "blue", "label": 0.5})
+    held_out = write(tmp_path / "held_out.jsonl", records)
+    train = {"eval_every": 3, "tokens_per_micro_batch": 64}
+    config = configure(base, data, tmp_path, train=train)
+    config.data.eval, config.data.max_length = [str(held_out)], 40
+    result = fit(config)
+    assert 12 < result.metrics["truncated"] < 36
+    assert result.metrics["failed_pairs"] == 0 and result.metrics["accuracy"] % (1 / 37) > 0
+    for figure in ("accuracy", "loss", "margin"):
+        ours, theirs = result.history[-1][f"eval_{figure}"], result.metrics[figure]
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_held_out_pairs_without_a_winner_end_in_figures_that_are_not_there(
+    base: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    records = [json.loads(line) | {"label": 0.5} for line in data.read_text().splitlines()]
+    undecided = write(tmp_path / "undecided.jsonl", records)
+    settings = {"epochs": 0.34, "eval_every": 1}
+    config = configure(base, undecided, tmp_path, train=settings)
+    file = tmp_path / "config.yaml"
+    file.write_text(config.model_dump_json())  # JSON is YAML
+    monkeypatch.setattr("sys.argv", ["train.py", str(file)])
+    main()
+    printed = capsys.readouterr().out
+    assert "held-out accuracy: n/a on 0 pairs" in printed
+    result = fit(config)
+    (step,) = result.history
+    assert step["accuracy"] is None and step["eval_accuracy"] is None and step["loss"] > 0
+    assert result.metrics["accuracy"] is None and result.metrics["reward_std"] > 0
+    assert "No pair has a winner" in Path(result.report or "").read_text()
+    assert "held-out rewards" in (Path(result.export) / "README.md").read_text()
+    best = {"keep_best": "accuracy", "checkpoint_every": 1, "eval_every": 1}
+    with pytest.raises(
+        DataError, match=r"undecided\.jsonl: no held-out pair has a winner.*keep_best"
+    ):
+        fit(configure(base, undecided, tmp_path / "best", train=best))
+
+
+def test_ids_without_an_embedding_are_found_before_training(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    """In the data: a special token that no template writes needs none otherwise."""
+    longer = Path(shutil.copytree(base, tmp_path / "longer"))
+    tokenizer = AutoTokenizer.from_pretrained(longer)
+    there = len(tokenizer)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.save_pretrained(longer)
+    records = data.read_text() + json.dumps({"prompt": "p", "chosen": "<image>", "rejected": "b"})
+    held_out = tmp_path / "images.jsonl"
+    held_out.write_text(records)
+    config = configure(longer, data, tmp_path)
+    config.data.eval = [str(held_out)]
+    with pytest.raises(ModelError, match=rf"token id {there}; .* embeddings for {there} tokens"):
+        fit(config)
+    assert not list((tmp_path / "run").glob("checkpoint*"))
+
+
+def test_what_is_in_the_way_of_an_export_is_found_before_training(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    config = configure(base, data, tmp_path)
+    others = tmp_path / "run/export"
+    others.mkdir(parents=True)
+    check_places(run_directory(config))  # a rename takes the place of an empty directory
+    (others / "model.safetensors").touch()
+    with pytest.raises(ExportError, match=f"{others} would be in the way"):
+        fit(config)
+    (others / "model.safetensors").unlink()
+    (tmp_path / "run/report").touch()
+    with pytest.raises(ExportError, match="run/report would be in the way"):
+        fit(config)
 
 
 def test_a_finished_run_is_not_trained_again_and_says_so(
