@@ -127,9 +127,9 @@ class Rank:
                 )
             if state.get("text_to_ids", self.train.text_to_ids) != self.train.text_to_ids:
                 raise TrainingError(
-                    f"the checkpoint of step {state['step']} was trained on other ids: tokenizer or "
-                    f"chat template of {config.model.path} have changed since the run was started; "
-                    "put them back, or give this run another name"
+                    f"the checkpoint of step {state['step']} was trained on other ids: tokenizer "
+                    f"or chat template of {config.model.path} have changed since the run was "
+                    "started; put them back, or give this run another name"
                 )
             # One that does not say was trained with every prompt as one group.
             if state.get("groups", self.train.report.groups) != len(self.train):
