@@ -89,7 +89,8 @@ class TrainResult:
 
     metrics is the export's evaluation on held-out data (empty without any); history holds a dict
     per optimizer step: step, loss, accuracy, margin, learning_rate, grad_norm, pairs, tokens,
-    tokens_unshared, seconds, and eval_* where one was due. grad_norm is None under ZeRO 0.
+    tokens_unshared, seconds, and eval_* where one was due. grad_norm is None under ZeRO 0, accuracy
+    and margin where no pair has a winner.
     report is the page about both (None without held-out data).
     """
 

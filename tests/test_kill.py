@@ -299,7 +299,8 @@ def test_fit_in_another_process_resumes_and_ends_with_the_same_weights(
         shutil.copy(base / template.name, template)
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, config.model_dump_json(), address()])
     try:
-        wait_until((tmp_path / "notes/upload").exists)
+        wait_until(lambda: (tmp_path / "notes/upload").exists() or driver.poll() is not None)
+        assert driver.poll() is None
     finally:
         driver.kill()
         driver.wait()
