@@ -298,7 +298,7 @@ def write_model_card(directory: Path, export: Export) -> None:
     ]
     if accuracy is not None:
         lines.append(f"| held-out accuracy | {accuracy:.3f} on {evaluation['pairs']} pairs |")
-    if export.reward_mean is not None:
+    if evaluation and export.reward_mean is not None:
         lines.append(
             f"| held-out rewards | mean {export.reward_mean:.3f}, std {export.reward_std:.3f} |"
         )

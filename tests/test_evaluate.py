@@ -15,6 +15,7 @@ from rayrm.evaluate import (
     REWARD_BENCH,
     ScoredGroup,
     calibration_error,
+    equal_for_equals,
     evaluate,
     interval,
     summarize,
@@ -290,6 +291,13 @@ def test_evaluating_is_scoring_and_summing_up(tiny_export: Path) -> None:
     assert figures["subsets"]["b"] == {"accuracy": None, "pairs": 0}
     assert figures["truncated"] == 0
     json.dumps(figures, allow_nan=False)
+
+
+def test_rewards_that_differ_by_rounding_are_equal_for_rows_of_the_same_ids() -> None:
+    rows = [np.array(ids, dtype=np.int32) for ids in ([1, 2], [1, 3], [1, 2], [1, 2, 3])]
+    rewards = np.array([0.1, 0.2, 0.1 + 1e-7, 0.1 - 1e-7])
+    found = equal_for_equals(rows, rewards).tolist()
+    assert found == [0.1, 0.2, 0.1, 0.1 - 1e-7]
 
 
 def test_responses_that_are_equal_as_ids_tie(tiny_export: Path) -> None:
