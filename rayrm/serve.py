@@ -33,7 +33,7 @@ from rayrm.autoscale import OUTSTANDING, OutstandingTokens
 from rayrm.callers import Caller, CallsInProgress, Ticket
 from rayrm.chunk import Chunk
 from rayrm.client import REPLICA
-from rayrm.config import OWN, HttpSection, ServeConfig
+from rayrm.config import OWN, HttpSection, ServeConfig, at_home
 from rayrm.endpoint import Endpoint
 from rayrm.engine import Encoded, RewardModel, Rewards
 from rayrm.errors import ConfigError, Overloaded, ServiceError, VersionGone
@@ -103,7 +103,7 @@ def try_out(app: str, export: str, share: float = 0.0) -> Served:
     if not 0 <= share <= 1:
         raise ConfigError(f"share = {share}: must be from 0 (answers nobody) to 1 (all callers)")
     running = _running_record(app)
-    _, served = locate_export(running.config.model_copy(update={"export": export}))
+    _, served = locate_export(running.config.model_copy(update={"export": at_home(export)}))
     _load_beside(running, served)
     _replace(running, {"trial": Trial(served=served, share=share, since=time.time())})
     return served

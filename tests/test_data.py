@@ -820,7 +820,8 @@ def test_a_key_of_a_message_is_kept_and_an_empty_one_is_absent(read: Any, key: s
     (group,), report = read(PAIR | {"prompt": [Q | said], "chosen": [GOOD | said]})
     assert (group.prompt, group.responses) == ([Q | said], [[GOOD | said], [BAD]])
     assert report.ignored_columns == []
-    for empty in (None, "", [], {}):
+    nothing: list[Any] = [None, "", [], {}]
+    for empty in nothing:
         (group,), report = read(PAIR | {"prompt": [Q | {key: empty}]})
         assert group.prompt == [Q] and report.ignored_columns == []
 
@@ -837,7 +838,8 @@ def test_a_response_may_be_a_call_alone(read: Any) -> None:
 def test_tools_are_read_as_a_list_or_as_its_json(read: Any) -> None:
     (group,), report = read(PAIR | {"tools": TOOLS}, PAIR | {"tools": json.dumps(TOOLS)})
     assert group.tools == TOOLS and report.merged == 1
-    for empty in (None, [], "", "[]", {}):
+    nothing: list[Any] = [None, [], "", "[]", {}]
+    for empty in nothing:
         (group,), report = read(PAIR | {"tools": empty})
         assert group.tools is None and report.ignored_columns == []
 
