@@ -42,6 +42,7 @@ from rayrm.callers import Ticket, this_caller
 from rayrm.chunk import Chunk
 from rayrm.chunk import Step as ChunkStep
 from rayrm.client import REPLICA
+from rayrm.config import at_home, local_path
 from rayrm.data import read_groups
 from rayrm.dataset import PreferenceData, PreferenceGroup, encode_groups
 from rayrm.engine import Rewards
@@ -785,11 +786,11 @@ WORKLOADS = [*STEPS, *TRAINING, "train-zero", "strict", "serve-path", "serve-rep
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=", ".join(WORKLOADS))
-    parser.add_argument("--model", default=BASE, help="the base of all sides")
-    parser.add_argument("--pairs", help="preferences for train-pairs and train-zero")
-    parser.add_argument("--ranked", help="rankings for train-ranked")
+    parser.add_argument("--model", type=at_home, default=BASE, help="the base of all sides")
+    parser.add_argument("--pairs", type=at_home, help="preferences for train-pairs and train-zero")
+    parser.add_argument("--ranked", type=at_home, help="rankings for train-ranked")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--directory", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--directory", type=local_path, default=Path("runs/bench"))
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: bench_gpu.py"
     )

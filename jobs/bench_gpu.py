@@ -14,7 +14,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
+from rayrm.config import local_path
 from rayrm.loss import Pairs, bradley_terry
 from rayrm.model import RewardNet, pack_tensors
 from rayrm.packing import Pack, TokenGroup, plan_packs
@@ -210,7 +210,7 @@ def row_of(name: str, figures: Figures) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     for name in ("rows", "prompts", "figures"):
-        parser.add_argument(name, type=Path)
+        parser.add_argument(name, type=local_path)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()

@@ -6,9 +6,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from rayrm.config import local_path
 from rayrm.errors import RayrmError
 
 
@@ -18,9 +18,9 @@ def main() -> None:
     parser.add_argument("data", nargs="+", help="files, globs, directories or hub names")
     parser.add_argument("--against", metavar="EXPORT", help="another export, side by side")
     parser.add_argument("--split", default="test", help="of hub datasets (default: test)")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures here")
+    parser.add_argument("--json", metavar="FILE", type=local_path, help="write all figures here")
     parser.add_argument(
-        "--report", metavar="DIR", type=Path, help="write an HTML page and its pictures here"
+        "--report", metavar="DIR", type=local_path, help="write an HTML page and its pictures here"
     )
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--device", default="auto")

@@ -21,6 +21,7 @@ import numpy as np
 import ray
 
 from rayrm import RewardModel, TrainConfig, fit
+from rayrm.config import at_home, local_path
 from rayrm.data import read_groups
 from rayrm.dataset import PreferenceData, Schedule, encode_groups
 from rayrm.loop import load_model
@@ -35,8 +36,12 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="SmolLM2-135M-Instruct", help="the base of both")
-    parser.add_argument("--directory", type=Path, default=Path("runs/parity"), help="made anew")
+    parser.add_argument(
+        "--model", type=at_home, default="SmolLM2-135M-Instruct", help="the base of both"
+    )
+    parser.add_argument(
+        "--directory", type=local_path, default=Path("runs/parity"), help="made anew"
+    )
     args = parser.parse_args()
     shutil.rmtree(args.directory, ignore_errors=True)
     args.directory.mkdir(parents=True)

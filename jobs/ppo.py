@@ -22,7 +22,6 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import chain, cycle
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -33,6 +32,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from rayrm import RewardClient, Rewards, ServeConfig, deploy
+from rayrm.config import at_home, local_path
 from rayrm.errors import RayrmError
 from rayrm.foreign import open_model
 from rayrm.hardware import choose_dtype
@@ -333,10 +333,12 @@ def summarize(rollouts: Sequence[Rollout], settings: Settings) -> Figures:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("export", help="the critic's start, and what is served where --app is not")
-    parser.add_argument("--directory", type=Path, default="runs/ppo", help="for ppo.json")
+    start = "the critic's start, and what is served where --app is not"
+    parser.add_argument("export", type=at_home, help=start)
+    parser.add_argument("--directory", type=local_path, default="runs/ppo", help="for ppo.json")
     for field in fields(Settings)[1:-2]:
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+        kind = at_home if isinstance(field.default, str) else type(field.default)
+        parser.add_argument(f"--{field.name}", type=kind, default=field.default)
     args = vars(parser.parse_args())
     directory, (_, record) = args.pop("directory"), open_model(args["export"])
     settings = Settings(

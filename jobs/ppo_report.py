@@ -17,6 +17,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from rayrm.config import local_path
+
 COLUMNS = "seed, reward, t, quality, t, ended, KL, clipped, seconds, waited"
 
 
@@ -55,8 +57,8 @@ def draw(runs: Sequence[dict[str, Any]], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("picture", type=Path)
-    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("picture", type=local_path)
+    parser.add_argument("runs", type=local_path, nargs="+")
     args = parser.parse_args()
     runs = [json.loads(file.read_text()) for file in args.runs]
     print(f"| {COLUMNS.replace(', ', ' | ')} |\n{'|---' * len(COLUMNS.split(','))}|")

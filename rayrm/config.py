@@ -8,20 +8,45 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from rayrm.errors import ConfigError
 
 # What the reward of a model or an application is called beside those of its adapters.
 OWN = "default"
 
+
+def at_home(path: str) -> str:
+    """A path from ~, the home of whoever says it; URIs, hub names and other paths as they are."""
+    return os.path.expanduser(path)
+
+
+def local_path(path: str | Path) -> Path:
+    """A path on this machine's disks, as a user gives it."""
+    return Path(at_home(str(path)))
+
+
 Names = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+Location = Annotated[str, AfterValidator(at_home)]
+Locations = Annotated[Names, AfterValidator(lambda paths: [at_home(path) for path in paths])]
+NamedLocations = Annotated[
+    dict[str, str], AfterValidator(lambda paths: {k: at_home(path) for k, path in paths.items()})
+]
 
 
 class Section(BaseModel):
@@ -39,12 +64,16 @@ class Config(Section):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
-        """Read YAML, then apply overrides ["--section.field", "value", …]."""
-        return cls(**_override(_read_yaml(path), overrides))
+        """Read YAML, then apply overrides ["--section.field", "value", …].
+
+        A value is YAML; of a field that is text it is the text as it stands, unless YAML's quotes
+        are around it.
+        """
+        return cls(**_override(cls, _read_yaml(path), overrides))
 
 
 class ModelSection(Section):
-    path: str = "SmolLM2-135M-Instruct"
+    path: Location = "SmolLM2-135M-Instruct"
     """Base model: a directory, a hub name, or the default that ships as a package."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout of embeddings and residuals; attention weights are never dropped."""
@@ -70,10 +99,13 @@ class LoraSection(Section):
 
 
 class DataSection(Section):
-    train: Names = Field(min_length=1)
-    """Files, globs, directories or hub names of preference records."""
-    eval: Names = []
-    """Held-out records: evaluation during the run, and the export's reward mean and std."""
+    train: Locations = Field(min_length=1)
+    """Files, globs, directories or datasets on the hub, of preference records. A dataset on the hub
+    is OWNER/NAME[/CONFIGURATION][@SPLIT], by itself split train; behind "hub:" it is one also where
+    a local path has that name."""
+    eval: Locations = []
+    """Held-out records, named as in train (hub: by itself split test): evaluation during the run,
+    and the export's reward mean and std."""
     max_length: int = Field(1024, ge=8)
     """Longest row in tokens, prompt and response."""
     overlong: Literal["truncate", "drop"] = "truncate"
@@ -184,7 +216,7 @@ class TrainConfig(Config):
 
     name: str = Field(pattern=r"^[\w.-]+$")
     """The run: the same name under the same storage resumes."""
-    storage: str = "runs"
+    storage: Location = "runs"
     """Where the run's directory lies: a local path, or s3://… or gs://…"""
     data: DataSection
     model: ModelSection = Field(default_factory=ModelSection)
@@ -264,7 +296,7 @@ class HttpSection(Section):
     """Path in front of this application's; a second application needs one of its own."""
     token_env: str | None = None
     """Environment variable, on the serving nodes, of the bearer token that scoring asks for."""
-    token_file: str | None = None
+    token_file: Annotated[str | None, AfterValidator(lambda path: path and at_home(path))] = None
     """Instead of token_env: a file on the serving nodes that holds the token."""
     max_bytes: int = Field(32 * 2**20, ge=1)
     """Largest body of a request; a larger one is refused before it is read."""
@@ -303,10 +335,10 @@ class AutoscaleSection(Section):
 class ServeConfig(Config):
     """One served reward model."""
 
-    export: str
+    export: Location
     """The export directory, readable from every serving node; or a directory or hub name of
     another sequence-classification reward model."""
-    adapters: dict[str, str] = {}
+    adapters: NamedLocations = {}
     """More rewards, by name: exports of LoRA runs from the base and with the template of `export`,
     itself one. A replica loads that base once and runs each reward as an adapter on it."""
     app: str = "rayrm"
@@ -315,7 +347,7 @@ class ServeConfig(Config):
     """Without effect where autoscale.max_replicas is set."""
     autoscale: AutoscaleSection = Field(default_factory=AutoscaleSection)
     gpus_per_replica: float = Field(0, ge=0)
-    """0 serves on CPU."""
+    """0 serves on CPU; 1, or a share of one GPU for several replicas on it."""
     cpus_per_replica: float = Field(1, gt=0)
     """Also the number of torch threads of a CPU replica."""
     labels: dict[str, str] = {}
@@ -343,6 +375,16 @@ class ServeConfig(Config):
     http: HttpSection = Field(default_factory=HttpSection)
 
     @model_validator(mode="after")
+    def _runs_on_one_gpu(self) -> Self:
+        if self.gpus_per_replica > 1:
+            raise ValueError(
+                f"gpus_per_replica = {self.gpus_per_replica:g}: a replica computes on one GPU, the "
+                "others would be reserved and stay idle; give 1, or a share of one, and more "
+                "replicas"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _names_its_own_reward_once(self) -> Self:
         if OWN in self.adapters:
             raise ValueError(f"adapters.{OWN}: that is the name of `export`'s own reward")
@@ -353,7 +395,7 @@ class ServeConfig(Config):
         """Read YAML, or take path for the export; then apply overrides ["--field", "value", …]."""
         is_yaml = Path(path).suffix in (".yaml", ".yml")
         values = _read_yaml(path) if is_yaml else {"export": str(path)}
-        return cls(**_override(values, overrides))
+        return cls(**_override(cls, values, overrides))
 
 
 def describe(section: type[BaseModel], prefix: str = "--") -> str:
@@ -371,10 +413,11 @@ def describe(section: type[BaseModel], prefix: str = "--") -> str:
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
+    path = local_path(path)
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.safe_load(path.read_text())
     except (FileNotFoundError, IsADirectoryError):
-        raise ConfigError(f"no config file {Path(path).resolve()}") from None
+        raise ConfigError(f"no config file {path.resolve()}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict):
@@ -382,7 +425,9 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def _override(
+    model: type[BaseModel], values: dict[str, Any], overrides: Sequence[str]
+) -> dict[str, Any]:
     pairs = [p for word in overrides for p in (word.split("=", 1) if word[:2] == "--" else [word])]
     if len(pairs) % 2:
         raise ConfigError(f"override {pairs[-1]!r} has no value: write --section.field value")
@@ -395,16 +440,49 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
             at = at.setdefault(section, {})
             if not isinstance(at, dict):
                 raise ConfigError(f"{flag}: {section!r} is a value, not a section")
-        at[field] = _parse(value)
+        at[field] = _parse(value, _type_at(model, [*sections, field]))
     return values
 
 
-def _parse(value: str) -> Any:
-    """YAML, or the word as it stands: "*.jsonl" begins as an alias would, and is a glob."""
+def _type_at(model: Any, keys: Sequence[str]) -> Any:
+    """The type of the field below those keys, None where there is no such field."""
+    for key in keys:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            field = model.model_fields.get(key)
+            model = field.annotation if field else None
+        else:
+            model = get_args(model)[1] if get_origin(model) is dict else None
+    return model
+
+
+def _parse(value: str, kind: Any) -> Any:
+    """YAML, or the word as it stands: "*.jsonl" begins as an alias would, and is a glob.
+
+    kind: the field's type. In YAML 2026, on, null and 2026-01-01 are no text, "a: b" is a mapping,
+    and "# " a comment; of a field that is text, all of them are text.
+    """
+    texts = kind in (list[str], dict[str, str])
     try:
-        return yaml.safe_load(value)
+        # The base loader leaves every word in a list or mapping the text that it is.
+        parsed = yaml.load(value, yaml.BaseLoader if texts else yaml.SafeLoader)
     except yaml.YAMLError:
         return value
+    if texts:
+        return parsed if isinstance(parsed, get_origin(kind)) else _text(value)
+    if kind is str:
+        return _text(value)
+    if kind == str | None:
+        return None if value == "null" else _text(value)
+    return parsed
+
+
+def _text(value: str) -> str:
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    try:
+        parsed = yaml.safe_load(value) if quoted else value
+    except yaml.YAMLError:
+        return value
+    return parsed if isinstance(parsed, str) else value
 
 
 def _explain(model: type[BaseModel], error: ValidationError) -> str:

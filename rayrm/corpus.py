@@ -31,7 +31,7 @@ import ray
 from ray.exceptions import RayError
 from tqdm.auto import tqdm
 
-from rayrm.config import ServeConfig
+from rayrm.config import ServeConfig, local_path
 from rayrm.data import read_sampled
 from rayrm.engine import Rewards
 from rayrm.errors import ConfigError, DataError, ServiceError
@@ -119,7 +119,7 @@ def score_corpus(
     """
     if config.adapters:
         raise ConfigError("adapters: a corpus is scored by one reward, that of `export`")
-    target = Path(target)
+    target = local_path(target)
     if not target.name.endswith(SUFFIXES):
         raise DataError(f"{target}: must end in {' or '.join(SUFFIXES)}.")
     if target.exists():

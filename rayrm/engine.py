@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from rayrm.adapters import Adapter, load_backbone, put_on, read_adapters
-from rayrm.config import OWN
+from rayrm.config import OWN, at_home
 from rayrm.data import Text
 from rayrm.errors import (
     ConfigError,
@@ -147,11 +147,13 @@ class RewardModel:
             raise ConfigError(f"dtype {dtype!r}: must be auto, {' or '.join(DTYPES)}")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        path = at_home(str(path))
         make = partial(
             cls, overlong=overlong, tokens_per_pack=tokens_per_pack, deterministic=deterministic
         )
         if adapters:
-            read = read_adapters(path, adapters, max_length)
+            named = {name: at_home(str(adapter)) for name, adapter in adapters.items()}
+            read = read_adapters(path, named, max_length)
             kind = DTYPES[choose_dtype(dtype, device)]
             return cls._on_one_backbone(read, torch.device(device), kind, make)
         directory, export = open_model(path)

@@ -37,7 +37,7 @@ from rayrm.autoscale import OUTSTANDING, OutstandingTokens
 from rayrm.callers import Caller, CallsInProgress, Ticket, this_caller
 from rayrm.chunk import Chunk
 from rayrm.client import REPLICA
-from rayrm.config import OWN, HttpSection, ServeConfig
+from rayrm.config import OWN, HttpSection, ServeConfig, at_home
 from rayrm.endpoint import Endpoint
 from rayrm.engine import Encoded, RewardModel, Rewards
 from rayrm.errors import ConfigError, Overloaded, ServiceError, UnknownReward, VersionGone
@@ -113,7 +113,7 @@ def try_out(app: str, export: str, share: float = 0.0) -> Served:
     """
     if not 0 <= share <= 1:
         raise ConfigError(f"share = {share}: must be from 0 (answers nobody) to 1 (all callers)")
-    _, served = locate_export(_known(app).config.model_copy(update={"export": export}))
+    _, served = locate_export(_known(app).config.model_copy(update={"export": at_home(export)}))
     trial = Trial(served=served, share=share, since=time.time())
     _load_beside(app, served, lambda record: record.model_copy(update={"trial": trial}))
     return served

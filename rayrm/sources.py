@@ -20,6 +20,7 @@ from glob import escape, glob, has_magic
 from pathlib import Path
 from typing import Any
 
+from rayrm.config import local_path
 from rayrm.errors import DataError
 
 # `datasets` is imported where it is called, since serving imports this through data.py too.
@@ -52,7 +53,7 @@ Rows = Iterable[tuple[int, Any]]
 
 def absolute(path: str) -> str:
     """A local path or glob from this process's directory, for others to open; hub names stay."""
-    here = Path(path).expanduser()
+    here = local_path(path)
     if path.startswith(_HUB):
         return path
     if here.exists() or has_magic(path) or _readable(here) or not _HUB_NAME.fullmatch(path):
@@ -62,7 +63,7 @@ def absolute(path: str) -> str:
 
 def open_sources(path: str, split: str, ignored: list[str]) -> list[tuple[str, Rows]]:
     """What `path` names, as (name, rows) in reading order. Adds files it passes by to `ignored`."""
-    here = Path(path).expanduser()
+    here = local_path(path)
     if path.startswith(_HUB):
         if not (named := _HUB_NAME.fullmatch(path.removeprefix(_HUB))):
             raise DataError(f"{path!r}: must be {_HUB}OWNER/NAME[/CONFIGURATION][@SPLIT].")

@@ -150,7 +150,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
             "eval": [absolute(path) for path in config.data.eval],
         }
     )
-    local = Path(config.model.path).expanduser()
+    local = Path(config.model.path)
     model = config.model
     if local.is_dir():
         model = model.model_copy(update={"path": str(local.absolute())})

@@ -148,6 +148,105 @@ def test_an_override_that_is_not_yaml_is_taken_as_it_stands(minimal: Path, path:
     assert TrainConfig.load(minimal, [f"--model.path={path}"]).model.path == path
 
 
+# Text that means something else in YAML, and text of which YAML would take something away.
+WORDS = ["2026", "1.50", "1e3", "0x1f", "on", "no", "true", "null", "~x", "2026-11-26", "12:30:45"]
+LINES = [
+    "a: b",
+    "# a",
+    "a #b",
+    " ",
+    "",
+    "\n\n",
+    "\nA: ",
+    "[a]",
+    "{a: 1}",
+    "- a",
+    "'a",
+    '"',
+    "*a",
+    "&a b",
+]
+
+
+@pytest.mark.parametrize("text", [*WORDS, *LINES])
+def test_text_stays_as_it_is_typed(minimal: Path, text: str) -> None:
+    assert TrainConfig.load(minimal, ["--data.separator", text]).data.separator == text
+    config = ServeConfig.load("e", ["--app", text, f"--labels.zone={text}"])
+    assert (config.app, config.labels) == (text, {"zone": text})
+    if text != "null":  # so a field that may be empty is emptied
+        config = ServeConfig.load("e", ["--http.token_env", text])
+        assert config.http.token_env == text
+
+
+@pytest.mark.parametrize("word", ["2026", "on", "1.50", "2026-11-26", "null"])
+def test_names_and_lists_of_them_stay_as_they_are_typed(minimal: Path, word: str) -> None:
+    config = TrainConfig.load(
+        minimal,
+        [
+            *("--name", word),
+            *("--storage", word),
+            *("--data.train", word),
+            *("--data.eval", f"[{word}, b.jsonl]"),
+            *("--lora.targets", f"- {word}"),
+            *("--cluster.labels", f"{{zone: {word}}}"),
+        ],
+    )
+    assert (config.name, config.storage, config.data.train) == (word, word, [word])
+    assert (config.data.eval, config.lora.targets) == ([word, "b.jsonl"], [word])
+    assert config.cluster.labels == {"zone": word}
+
+
+def test_yamls_quotes_may_be_around_text(minimal: Path) -> None:
+    for typed, text in (('"\\n"', "\n"), ("'on'", "on"), ('"a: b"', "a: b")):
+        assert TrainConfig.load(minimal, ["--data.separator", typed]).data.separator == text
+
+
+def test_what_is_not_text_is_yaml(minimal: Path) -> None:
+    set_first = ["--http.token_file", "a", "--http.token_file", "null", "--max_length", "null"]
+    config = ServeConfig.load("e", [*set_first, "--http.enabled", "on", "--deterministic", "no"])
+    assert config.http.token_file is None and config.max_length is None
+    assert config.http.enabled is True and config.deterministic is False
+    overrides = ["--deepspeed.overrides", "{a: 1, b: on}", "--train.keep_best", "null"]
+    train = TrainConfig.load(minimal, [*overrides, "--train.learning_rate", "1e-3"])
+    assert train.deepspeed.overrides == {"a": 1, "b": True}
+    assert train.train.keep_best is None and train.train.learning_rate == 1e-3
+
+
+def test_paths_begin_at_the_users_home(
+    minimal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = ["--storage", "~/runs", "--model.path", "~/base", "--data.train", "[~/a, b, hub:a/b]"]
+    config = TrainConfig.load(
+        minimal, [*paths, "--data.eval", "~/*.jsonl", "--data.separator", "~"]
+    )
+    assert (config.storage, config.model.path) == ("/home/me/runs", "/home/me/base")
+    assert config.data.train == ["/home/me/a", "b", "hub:a/b"]
+    assert config.data.eval == ["/home/me/*.jsonl"] and config.data.separator == "~"
+    assert TrainConfig.load(minimal, ["--storage", "~"]).storage == "/home/me"
+    served = ServeConfig(
+        export="~/export", adapters={"a": "~/a", "b": "s3://b/~"}, http={"token_file": "~/token"}
+    )
+    assert (served.export, served.http.token_file) == ("/home/me/export", "/home/me/token")
+    assert served.adapters == {"a": "/home/me/a", "b": "s3://b/~"}
+    assert ServeConfig.load("~/export").export == "/home/me/export"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert TrainConfig.load("~/c.yaml").name == "run"
+    write_lines(tmp_path / "s.yaml", "export: e", "app: b")
+    assert ServeConfig.load("~/s.yaml").app == "b"
+
+
+@pytest.mark.parametrize("gpus", ["0", "0.25", "1"])
+def test_a_replica_takes_one_gpu_or_less(gpus: str) -> None:
+    assert ServeConfig.load("e", ["--gpus_per_replica", gpus]).gpus_per_replica == float(gpus)
+
+
+@pytest.mark.parametrize("gpus", ["1.5", "2"])
+def test_gpus_that_a_replica_would_not_use_are_refused(gpus: str) -> None:
+    with pytest.raises(ConfigError, match=rf"gpus_per_replica = {gpus}: a replica .* one GPU"):
+        ServeConfig.load("e", ["--gpus_per_replica", gpus])
+
+
 @pytest.mark.parametrize(
     "overrides", [["--train.epochs"], ["train.epochs", "1"], ["--name.x", "1"], ["3"]]
 )

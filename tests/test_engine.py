@@ -374,6 +374,14 @@ def test_ids_without_their_tokenizer_warn_the_caller(model: RewardModel) -> None
 # Loading ------------------------------------------------------------------------------------------
 
 
+def test_an_export_is_found_at_the_users_home(
+    tiny_export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tiny_export.parent))
+    found = RewardModel.load(f"~/{tiny_export.name}", "cpu", "float32")
+    assert found.version.startswith("tiny@")
+
+
 def test_wrong_ways_to_load_are_config_errors(tiny_export: Path) -> None:
     with pytest.raises(ConfigError, match=r"'float16'.*float32 or bfloat16"):
         RewardModel.load(tiny_export, dtype=cast(Any, "float16"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,9 +17,12 @@ from tests.conftest import make_export
 ROOT = Path(__file__).parent.parent
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str | Path, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    env = {**os.environ, **(env or {})}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
 
 
 @pytest.mark.parametrize("job", ["train", "serve", "evaluate", "score"])
@@ -91,6 +95,20 @@ def test_evaluate_writes_a_report_of_two_exports(tiny_export: Path, tmp_path: Pa
     assert all(f["version"] in page for f in columns)
     assert f"<td>{columns[1]['rm_bench']['hard']:.3f}</td>" in page
     assert result.stdout.endswith(f"report: {tmp_path}/report/report.html\n")
+
+
+def test_paths_of_jobs_begin_at_the_users_home(tiny_export: Path, tmp_path: Path) -> None:
+    """As a job gets them, for which no shell expands what stands in quotes or behind a =."""
+    (tmp_path / "export").symlink_to(tiny_export)
+    data = '{"prompt": "Name one", "chosen": "apples", "rejected": "pears"}\n'
+    (tmp_path / "test.jsonl").write_text(data)
+    files = ("~/test.jsonl", "--json=~/out/figures.json", "--report=~/report", "--dtype=float32")
+    result = run("jobs/evaluate.py", "~/export", *files, env={"HOME": str(tmp_path)})
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "out" / "figures.json").read_text())["pairs"] == 1
+    assert (tmp_path / "report" / "report.html").exists()
+    result = run("jobs/score.py", "~/export", "~/a.jsonl", "~/a", env={"HOME": str(tmp_path)})
+    assert f"{tmp_path / 'a'}: must end in" in result.stderr
 
 
 def test_evaluate_says_what_is_missing_and_where(tiny_export: Path, tmp_path: Path) -> None:
