@@ -342,7 +342,11 @@ def load_data(
             groups, read = read_groups(paths, split=split, on_bad_record=data.on_bad_record)
             if config.loss.objective == "plackett_luce" and split == "train":
                 check_ranked(groups)
-            encoded.append(encode_groups(groups, template, data.overlong_rows))
+            encoded.append(
+                encode_groups(
+                    groups, template, data.overlong_rows, on_bad_record=data.on_bad_record
+                )
+            )
             log.info("%s: %s; %s", split, read, encoded[-1].report)
     if get_context().get_local_rank() == 0:
         dist.barrier()
