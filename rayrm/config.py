@@ -111,7 +111,8 @@ class DataSection(Section):
     overlong: Literal["truncate", "drop"] = "truncate"
     """An over-long row: cut its prompt from the left, or drop it. Responses are never cut."""
     on_bad_record: Literal["error", "skip"] = "error"
-    """A record that cannot be read: stop, or count it and go on."""
+    """A record that cannot be read, or a response that the chat template refuses or loses something
+    of: stop, or count it and go on."""
     format: Literal["auto", "chat", "text"] = "auto"
     """Rendered by the chat template, or prompt + separator + response + EOS; auto: chat where
     there is a template."""

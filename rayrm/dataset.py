@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.compute as pc
@@ -33,6 +33,9 @@ from rayrm.template import Overlong, Row, Template
 
 # Part of the cache's key: goes up whenever the same groups would be encoded differently.
 ENCODING = 3
+
+# So many bad responses are told; the others are counted.
+TOLD = 10
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,16 @@ class EncodeReport:
     empty_responses: int = 0
     dropped_pairs: int = 0
     identical_pairs: int = 0
+    bad_responses: int = 0
+    """That the template refuses, or drops something of."""
+    bad: list[str] = field(default_factory=list)
+    """One message for each of the first of them."""
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in asdict(self).items() if v)
-        return f"encoded {counts}"
+        counted = {k: v for k, v in asdict(self).items() if v and k != "bad"}
+        counts = ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in counted.items())
+        first = f"; the first bad response: {self.bad[0]}" if self.bad else ""
+        return f"encoded {counts}{first}"
 
 
 @dataclass(frozen=True)
@@ -161,6 +170,7 @@ def encode_groups(
     together: bool = True,
     pairs_per_group: int | None = None,
     whole_choices: bool = False,
+    on_bad_record: Literal["error", "skip"] = "error",
 ) -> PreferenceData:
     """Encode groups, or read them from the cache if the same ones were encoded before.
 
@@ -169,7 +179,8 @@ def encode_groups(
     are left out. Else every row is cut by itself and such a pair stays, as where it is served.
     overlong "error" leaves over-long responses out. All is counted. A group of more pairs than
     pairs_per_group is split into parts; whole_choices keeps the pairs of a choice in one part.
-    Raises DataError where a row cannot be encoded at all, or nothing is left.
+    on_bad_record "skip" counts a response that cannot be encoded at all, and leaves it out with the
+    pairs it is in. Raises DataError where there is such a one otherwise, or nothing is left.
     """
     made_from = data_fingerprint(groups)
     text_to_ids = fingerprint_of_text(template.tokenizer, datetime.now())
@@ -199,6 +210,8 @@ def encode_groups(
                 raise
             shutil.rmtree(partial)  # another rank was first
     report = EncodeReport(**json.loads((directory / "report.json").read_text()))
+    if report.bad and on_bad_record == "error":
+        raise DataError(report.bad[0])
     return PreferenceData(load_from_disk(str(directory)), report, made_from, text_to_ids)
 
 
@@ -282,7 +295,9 @@ def _fit_group(
         elif isinstance(result, RowTooLong):
             report.overlong_responses += 1
         elif isinstance(result, RowError):
-            raise DataError(f"{group.source}: response {i + 1}: {result}")
+            report.bad_responses += 1
+            if len(report.bad) < TOLD:
+                report.bad.append(f"{group.source}: response {i + 1}: {result}")
         else:
             fitted, shorter = template.fit(rows[i], result, overlong)
             if isinstance(fitted, RowError):

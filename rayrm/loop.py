@@ -492,6 +492,7 @@ def load_data(
                     together=training,
                     pairs_per_group=limit,
                     whole_choices=ranked,
+                    on_bad_record=data.on_bad_record,
                 )
             )
             log.info("%s: %s; %s", split, read, encoded[-1].report)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rayrm.data import Group, Message, Preference, Text
-from rayrm.dataset import EncodeReport, PreferenceData, Schedule, encode_groups
+from rayrm.dataset import TOLD, EncodeReport, PreferenceData, Schedule, encode_groups
 from rayrm.errors import DataError, RowError
 from rayrm.template import Row, Template, TemplateSpec, fingerprint
 from tests.tiny import byte_tokenizer
@@ -199,6 +199,64 @@ def test_a_row_that_cannot_be_encoded_is_an_error_that_names_it() -> None:
     other: list[Message] = [{"role": "assistant", "content": "b"}]
     with pytest.raises(DataError, match=r"file\.jsonl:7: response 1: messages need a chat"):
         encode_groups([group([], [messages, other])], byte_template(), "truncate")
+
+
+DROPS = """{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}\
+{% endif %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}<end>{% endfor %}"""
+
+
+def chat_template() -> Template:
+    """Refuses tools and loses thoughts."""
+    tokenizer = byte_tokenizer(
+        ["<pad>", "</s>", "<end>"], eos_token="</s>", pad_token="<pad>", template=DROPS
+    )
+    return Template(tokenizer, TemplateSpec("chat", "\n", 200, fingerprint(tokenizer)))
+
+
+def mixed() -> list[Group]:
+    """Responses 2 and 4 of the first group are bad, and all of the second's."""
+    refused: list[Message] = [
+        {"role": "tool", "content": "18"},
+        {"role": "assistant", "content": "It is 18."},
+    ]
+    texts: list[Text] = ["a", "<think>hm</think>b", "c", refused]
+    messages: list[Text] = [
+        [{"role": "assistant", "content": t}] if isinstance(t, str) else t for t in texts
+    ]
+    pairs = [(0, 1), (0, 2), (1, 2), (2, 3)]
+    prompt: Text = [{"role": "user", "content": "Hi"}]
+    return [group(prompt, messages, pairs), group(prompt, [messages[3], messages[1]])]
+
+
+def test_a_response_that_the_template_refuses_is_skipped_as_a_bad_record_is() -> None:
+    template = chat_template()
+    data = encode_groups(mixed(), template, "truncate", on_bad_record="skip")
+    assert len(data) == 1
+    assert texts(data, 0, template) == [f"user: Hi<end>assistant: {r}<end>" for r in "ac"]
+    assert data[0].chosen.tolist() == [0] and data[0].rejected.tolist() == [1]
+    report = data.report
+    assert (report.groups, report.pairs, report.dropped_pairs, report.bad_responses) == (1, 1, 4, 4)
+    assert [message.partition(": ")[2][:10] for message in report.bad] == [
+        f"response {i}" for i in (2, 4, 1, 2)
+    ]
+    assert "drops a thought" in report.bad[0] and "no tools" in report.bad[1]
+    assert f"4 bad responses; the first bad response: {report.bad[0]}" in str(report)
+
+
+def test_a_response_that_the_template_refuses_is_an_error_that_names_it() -> None:
+    """Also where the same data was encoded without it before."""
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"^file\.jsonl:7: response 2: .*drops a thought"):
+            encode_groups(mixed(), chat_template(), "truncate")
+        encode_groups(mixed(), chat_template(), "truncate", on_bad_record="skip")
+
+
+def test_of_many_bad_responses_the_first_are_told_and_all_counted() -> None:
+    many = [*mixed(), *mixed()[1:] * 30]
+    report = encode_groups(many, chat_template(), "truncate", on_bad_record="skip").report
+    assert report.bad_responses == 64 and len(report.bad) == TOLD
+    with pytest.raises(DataError, match=r"no pair is left .* 2 bad responses; .*response 1: "):
+        encode_groups(mixed()[1:], chat_template(), "truncate", on_bad_record="skip")
 
 
 def test_the_report_says_what_happened_and_nothing_else() -> None:
