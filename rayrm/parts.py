@@ -27,8 +27,7 @@ def split_pairs(chosen: Ints, rejected: Ints, atoms: Ints, limit: int | None) ->
         return [np.arange(len(chosen))]
     pieces: list[list[int]] = []
     for pairs in connected(chosen, rejected):
-        fits = len(pairs) <= limit
-        pieces += [pairs] if fits else _cut(pairs, chosen, rejected, atoms, limit)
+        pieces += _cut(pairs, chosen, rejected, atoms, limit)
     plans = plan_packs([len(piece) for piece in pieces], limit)
     parts = [sorted(pair for piece in plan for pair in pieces[piece]) for plan in plans]
     return [np.array(part) for part in sorted(parts)]
@@ -55,7 +54,10 @@ def connected(chosen: Ints, rejected: Ints) -> list[list[int]]:
 def _cut(
     pairs: list[int], chosen: Ints, rejected: Ints, atoms: Ints, limit: int
 ) -> list[list[int]]:
-    """Connected pairs in parts that grow by the atom that brings the fewest responses along."""
+    """Connected pairs in parts that grow by the atom that brings the fewest responses along.
+
+    Pairs up to the limit grow into one part.
+    """
     members: dict[int, list[int]] = {}
     for pair in pairs:
         members.setdefault(int(atoms[pair]), []).append(pair)
