@@ -581,6 +581,23 @@ def test_a_ranking_that_is_more_than_an_order_is_refused_and_named(
         fit(config)
 
 
+@pytest.mark.slow
+def test_a_record_that_the_template_refuses_is_skipped_where_that_is_asked_for(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    """Its template writes no names."""
+    answers = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    bad = {"prompt": [{"role": "user", "content": "Hi", "name": "ann"}], **answers}
+    file = tmp_path / "with_bad.jsonl"
+    file.write_text(data.read_text() + json.dumps(bad) + "\n")
+    config = configure(base, file, tmp_path, train={"epochs": 0.34})
+    config.data.on_bad_record = "skip"
+    record = json.loads((Path(fit(config).export) / "rayrm.json").read_text())
+    told = record["provenance"]["data"]
+    assert "14 groups" in told and "2 bad responses; the first bad response: " in told
+    assert "with_bad.jsonl:15: response 1" in told
+
+
 def test_storage_in_what_a_job_uploaded_is_refused(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
