@@ -99,5 +99,5 @@ def test_the_bench_of_a_gpu_runs_on_cpu_too_and_its_sides_agree(
     figures = json.loads((tmp_path / "figures.json").read_text())
     for name in ("llama tiny", "qwen2 tiny"):
         assert figures[name]["correlation"] > 0.99 and figures[name]["of_padded"] > 0
-        assert 0 < figures[name]["of_matrix_rate"] < 1 and figures[name]["train_of_matrix_rate"] > 0
+        assert figures[name]["of_matrix_rate"] > 0 and figures[name]["train_of_matrix_rate"] > 0
     assert capsys.readouterr().out.count(" tiny") == 2
