@@ -45,7 +45,6 @@ def main() -> None:
                 max_length=args.max_length,
                 overlong=args.overlong,
             )
-            print(f"{model.version} computes in {model.dtype}")
             scored = score(model, groups, progress=True)
             history = model.export.history if model.export else []
             evaluated.append(Evaluated(model.version, scored, history))

@@ -30,12 +30,22 @@ from ray import serve  # noqa: E402
 from rayrm import RewardClient, RewardModel, ServeConfig, TrainConfig, deploy, fit  # noqa: E402
 from rayrm.data import Group, read_groups  # noqa: E402
 from rayrm.evaluate import evaluate  # noqa: E402
+from rayrm.hardware import fast_dtype, matrix_rate  # noqa: E402
 from rayrm.loop import load_model  # noqa: E402
-from rayrm.model import RewardNet  # noqa: E402
+from rayrm.model import DTYPES, RewardNet  # noqa: E402
 from rayrm.sample import baseline_accuracy, write_sample  # noqa: E402
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
 RUN = Path("runs/quickstart")
+
+# Where the CPU does not multiply bfloat16: half of the steps, and half of the pairs for the base.
+SLOW = ["--train.epochs", "0.5"]
+
+# Of the generated data, each prompt once; and of the base model's layers.
+TRAIN_TOKENS, TEST_TOKENS, WEIGHTS = 78_700, 16_500, 106_000_000
+
+# Seconds of starting processes, and what share of the time the rest spends in matrix products.
+STARTING_S, PRODUCTS = 60, 0.5
 
 
 class Actor:
@@ -59,17 +69,23 @@ class Actor:
 
 def main() -> None:
     started = time.perf_counter()
-    config = TrainConfig.load(CONFIG)
+    dtype = fast_dtype("cpu")
+    slow = dtype == "float32"
+    config = TrainConfig.load(CONFIG, SLOW if slow else [])
+    torch.set_num_threads(os.cpu_count() or 1)
+    say(f"this machine computes in {dtype}: about {expected_minutes(config, dtype):.0f} minutes")
+    if slow:
+        say("its CPU is slow in bfloat16: half of the usual steps, of the pairs for the base, too")
 
     say("1/5  generating preferences")
     train_file, test_file = write_sample(RUN / "data")
     test, _ = read_groups(str(test_file))
 
     say("2/5  evaluating the base model with an untrained head on held-out pairs")
-    torch.set_num_threads(os.cpu_count() or 1)
     model, template = load_model(config)
-    untrained = RewardModel(RewardNet(model, torch.bfloat16), template, tokens_per_pack=2048)
-    before = evaluate(untrained, test, progress=True)
+    net = RewardNet(model) if slow else RewardNet(model, torch.bfloat16)
+    untrained = RewardModel(net, template, tokens_per_pack=2048)
+    before = evaluate(untrained, test[::2] if slow else test, progress=True)
     del untrained, model
 
     say("3/5  training with Ray Train and DeepSpeed ZeRO on two workers")
@@ -78,7 +94,7 @@ def main() -> None:
 
     say("4/5  deploying two replicas of the export")
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    deploy(ServeConfig(export=result.export, replicas=2))
+    deploy(ServeConfig(export=result.export, replicas=2, tokens_per_pack=2048))
 
     say("5/5  scoring a step of groups from two actors")
     step = test[:64]
@@ -104,6 +120,13 @@ def main() -> None:
         f"report:   {result.report}\n"
         f"took {(time.perf_counter() - started) / 60:.1f} minutes"
     )
+
+
+def expected_minutes(config: TrainConfig, dtype: str) -> float:
+    """From a second of measuring this machine's matrix products."""
+    trained = config.train.epochs * TRAIN_TOKENS
+    products = 2 * WEIGHTS * (3 * trained + 2 * TEST_TOKENS)
+    return (STARTING_S + products / PRODUCTS / matrix_rate(DTYPES[dtype], 1.0)) / 60
 
 
 def accuracy_table(before: dict[str, Any], after: dict[str, Any], words: float) -> str:

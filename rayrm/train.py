@@ -138,6 +138,7 @@ def fit(config: TrainConfig) -> TrainResult:
     assert isinstance(trained, Result) and trained.return_value
     checkpoint, step = to_export(config.train, trained)
     config = with_dtype(config, trained.return_value["dtype"])
+    log.info("run %r computed in %s", config.name, config.train.dtype)
     ray.get(export.remote(config, run, checkpoint, step, trained.return_value))
     return read_result(run)
 

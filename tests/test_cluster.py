@@ -24,7 +24,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = os.pathsep.join(map(str, (root, root / "tests")))
     own = {"PYTHONPATH": path, "XDG_CACHE_HOME": str(directory / "driver")}
     command = [sys.executable, "-m", "tests.on_cluster", str(directory)]
-    ran = subprocess.run(command, cwd=root, env=os.environ | own, capture_output=True, timeout=300)
+    ran = subprocess.run(command, cwd=root, env=os.environ | own, capture_output=True, timeout=900)
     assert ran.returncode == 0, ran.stderr.decode()[-5000:]
     return directory
 

@@ -77,7 +77,7 @@ def ask(
 ) -> tuple[int, Any]:
     """Status and JSON of a GET, or of a POST where there is a body."""
     data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     method = "GET" if data is None else "POST"
     connection.request(method, path, data, {"Content-Type": "application/json", **headers})
     response = connection.getresponse()
@@ -190,7 +190,7 @@ def test_health_and_docs_say_what_is_there(port: int, local: RewardModel) -> Non
 
 
 def test_health_is_503_while_no_replica_answers(port: int) -> None:
-    stats = serve.get_deployment_handle(REPLICA, "web").stats.remote().result(timeout_s=30)
+    stats = serve.get_deployment_handle(REPLICA, "web").stats.remote().result(timeout_s=60)
     os.kill(stats["pid"], signal.SIGSTOP)
     try:
         status, answer = ask(port, "/health")
@@ -209,7 +209,7 @@ def test_too_many_rows_are_refused(port: int) -> None:
 
 def begin(port: int, head: str, token: str = TOKEN) -> socket.socket:
     """A connection that has sent the head of a POST."""
-    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+    connection = socket.create_connection(("127.0.0.1", port), timeout=120)
     head = f"Authorization: Bearer {token}\r\nContent-Type: application/json\r\n{head}"
     connection.sendall(f"POST /score HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode())
     return connection
@@ -239,7 +239,7 @@ def test_a_body_of_unknown_length_is_cut_off_when_it_gets_too_large(port: int) -
             sent += 2**16
             with contextlib.suppress(TimeoutError):
                 reply = connection.recv(2**16)
-        connection.settimeout(30)
+        connection.settimeout(120)
         while more := connection.recv(2**16):  # until the server closes the connection
             reply += more
     assert b"413" in reply and b"max_bytes" in reply
@@ -247,7 +247,7 @@ def test_a_body_of_unknown_length_is_cut_off_when_it_gets_too_large(port: int) -
 
 
 def test_a_body_within_the_limit_may_come_in_chunks(port: int) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     body = json.dumps(rows(PROMPTS, RESPONSES)).encode()
     pieces = [body[i : i + 50] for i in range(0, len(body), 50)]
     headers = {"Content-Type": "application/json", **AUTHORIZED}

@@ -59,6 +59,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return read
 
 
+@pytest.mark.slow
 def test_without_bf16_in_hardware_auto_is_float32_wherever_it_may_be_asked(
     found: dict[str, Any],
 ) -> None:
@@ -69,6 +70,7 @@ def test_without_bf16_in_hardware_auto_is_float32_wherever_it_may_be_asked(
     assert "dtype=float32" in found["serve's log"]
 
 
+@pytest.mark.slow
 def test_without_bf16_in_hardware_it_is_done_by_name_and_its_cost_told_once(
     found: dict[str, Any],
 ) -> None:
@@ -78,6 +80,7 @@ def test_without_bf16_in_hardware_it_is_done_by_name_and_its_cost_told_once(
     assert times and float(times[1]) > 1
 
 
+@pytest.mark.slow
 def test_a_replica_on_another_kind_of_machine_computes_what_was_decided_and_warns(
     found: dict[str, Any],
 ) -> None:

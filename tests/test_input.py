@@ -341,7 +341,7 @@ HEAD += f"Authorization: Bearer {TOKEN}\r\n"
     ],
 )
 def test_a_malformed_head_is_refused(port: int, head: str, status: int) -> None:
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=120) as connection:
         connection.sendall(head.encode("latin-1") + b"\r\n\r\n{}")
         with connection.makefile("rb") as reply:
             assert reply.readline().split()[1] == str(status).encode()

@@ -192,8 +192,10 @@ def wait_for_uploads() -> None:
     get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
 
 
-def wait_until(condition: Callable[[], object]) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 900) -> None:
+    end = time.monotonic() + seconds
     while not condition():
+        assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
 
 

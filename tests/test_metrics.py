@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +44,15 @@ def scrape(*tag: str) -> Samples:
     )
 
 
-def wait_for(name: str, value: Any, *tag: str) -> Samples:
-    """A scrape, once that sample has that value and the others had the time to be reported too."""
-    until = time.monotonic() + 20
-    while (samples := scrape(*tag)).get(name) != value:
-        assert time.monotonic() < until, samples
+def wait_for(tag: tuple[str, str], expected: Mapping[str, Any]) -> Samples:
+    """A scrape, once all of these samples have these values: they are told one after the other."""
+    end = time.monotonic() + 120
+    while True:
+        samples = scrape(*tag)
+        if all(samples.get(name) == value for name, value in expected.items()):
+            return samples
+        assert time.monotonic() < end, f"{samples}, expected {dict(expected)}"
         time.sleep(0.2)
-    time.sleep(2.5)  # a process reports every second, and not all of its figures at one moment
-    return scrape(*tag)
 
 
 @pytest.fixture
@@ -83,8 +84,14 @@ def train_and_scrape(values: dict[str, Any]) -> tuple[list[dict[str, Any]], list
             rank.train_step()
         rank.evaluate()
         rank.save()
-        # A checkpoint is told last: where it is seen, the step and its evaluation are, too.
-        scraped.append(wait_for("train_checkpoint_seconds_count", saved, "run", "metered"))
+        figures = {*STEP, *EVALUATION} & rank.history[-1].keys()
+        told: dict[str, Any] = {
+            f"train_{figure}": approx(rank.history[-1][figure]) for figure in figures
+        }
+        told["train_checkpoint_seconds_count"] = saved
+        told["train_tokens_total"] = sum(h["tokens"] for h in rank.history)
+        told["train_step_seconds"] = approx(rank.history[-1]["seconds"])
+        scraped.append(wait_for(("run", "metered"), told))
     rank.metrics.close()
     return rank.history, scraped
 
@@ -95,9 +102,6 @@ def test_a_runs_figures_are_scraped_and_charted_and_move_as_it_trains(config: Tr
     history, scraped = result.return_value
     for samples, step in zip(scraped, (2, 4), strict=True):
         told = history[step - 1]
-        for figure in {*STEP, *EVALUATION} & told.keys():
-            assert samples[f"train_{figure}"] == approx(told[figure]), figure
-        assert samples["train_tokens_total"] == sum(h["tokens"] for h in history[:step])
         assert samples["train_tokens_per_second"] == approx(told["tokens"] / told["seconds"])
         assert samples["train_tokens_saved"] == 1 - told["tokens"] / told["tokens_unshared"] > 0
         assert samples["train_step_seconds"] == approx(told["seconds"])
@@ -128,35 +132,43 @@ def test_what_a_replica_answers_is_scraped_and_moves(
     prompts = ["Name a fruit."] * 3 + ["Name a colour."] * 2
     responses = ["Plum.", "A pear.", "", "Red, I would say.", "plum " * 300]
     first = metered.score(prompts, responses)
-    samples = wait_for("serve_latency_seconds_count", 1, *tag)
-    assert samples["serve_requests_total"] == 1
-    assert samples["serve_rows_total"] == 5
-    assert samples["serve_latency_seconds_bucket +Inf"] == 1
-    assert samples["serve_waiting_tokens"] == 0
-    assert samples["serve_errors_total EmptyResponse"] == 1
-    assert samples["serve_errors_total RowTooLong"] == 1
     values = first.values[[0, 1, 3]]
-    assert samples["serve_reward_mean"] == approx(values.mean(), abs=1e-6)
-    assert samples["serve_reward_std"] == approx(values.std(), abs=1e-6)
-    stats = serve.get_app_handle("metered").broadcast("stats").results(timeout_s=10)
-    assert samples["serve_tokens_total"] == stats[0]["computed_tokens"]
+    (stats,) = serve.get_app_handle("metered").broadcast("stats").results(timeout_s=60)
+    expected = {
+        "serve_current": 1,
+        "serve_requests_total": 1,
+        "serve_rows_total": 5,
+        "serve_latency_seconds_count": 1,
+        "serve_latency_seconds_bucket +Inf": 1,
+        "serve_waiting_tokens": 0,
+        "serve_errors_total EmptyResponse": 1,
+        "serve_errors_total RowTooLong": 1,
+        "serve_reward_mean": approx(values.mean(), abs=1e-6),
+        "serve_reward_std": approx(values.std(), abs=1e-6),
+        "serve_tokens_total": stats["computed_tokens"],
+    }
 
     local = RewardModel.load(tiny_export, "cpu", "float32")
     rows = [[prompts[i]] for i in (0, 1, 3)], [[responses[i]] for i in (0, 1, 3)]
     alone = sum(local.encode(make_rows(p, r)).groups[0].tokens for p, r in zip(*rows, strict=True))
-    assert samples["serve_tokens_unshared_total"] == alone > samples["serve_tokens_total"]
-    assert samples["serve_current"] == 1
+    assert alone > stats["computed_tokens"]
+    wait_for(tag, expected | {"serve_tokens_unshared_total": alone})
 
     second = metered.score(["Name a tree."], ["Oak."])
-    moved = wait_for("serve_latency_seconds_count", 2, *tag)
-    assert moved["serve_requests_total"] == 2
-    assert moved["serve_rows_total"] == 6
-    assert moved["serve_tokens_total"] > samples["serve_tokens_total"]
     values = np.append(values, second.values)
-    assert moved["serve_reward_mean"] == approx(values.mean(), abs=1e-6)
-    assert moved["serve_errors_total EmptyResponse"] == 1
+    (after,) = serve.get_app_handle("metered").broadcast("stats").results(timeout_s=60)
+    assert after["computed_tokens"] > stats["computed_tokens"]
+    moved = {
+        "serve_requests_total": 2,
+        "serve_rows_total": 6,
+        "serve_latency_seconds_count": 2,
+        "serve_tokens_total": after["computed_tokens"],
+        "serve_reward_mean": approx(values.mean(), abs=1e-6),
+        "serve_errors_total EmptyResponse": 1,
+    }
+    shown = wait_for(tag, moved)
     time.sleep(REMEMBERED_S)
-    assert scrape(*tag) == moved, "all is shown while nothing happens"
+    assert wait_for(tag, moved).keys() >= shown.keys(), "all is shown while nothing happens"
 
 
 def test_what_a_version_tells_ends_with_it(
@@ -172,13 +184,13 @@ def test_what_a_version_tells_ends_with_it(
     deploy(config)
     try:
         RewardClient("followed").score(["Name a fruit."] * 2, ["Plum.", "A long pear."])
-        before = wait_for("serve_response_tokens", approx(2.125), "version", old)
-        assert before["serve_current"] == 1 and "serve_held_out_mean" not in before
+        told = {"serve_response_tokens": approx(2.125), "serve_current": 1}
+        assert "serve_held_out_mean" not in wait_for(("version", old), told)
         deploy(config.model_copy(update={"export": str(evaluated)}))
-        after = wait_for("serve_current", 1, "version", new)
-        assert after["serve_held_out_mean"] == -1 and after["serve_held_out_std"] == 2
-        assert "serve_reward_mean" not in after
-        assert scrape("version", old)["serve_current"] == 0, "steps may still be pinned to it"
+        told = {"serve_current": 1, "serve_held_out_mean": -1, "serve_held_out_std": 2}
+        assert "serve_reward_mean" not in wait_for(("version", new), told)
+        # Until no step can be pinned to it.
+        until(lambda: scrape("version", old).get("serve_current", 0) == 0)
         until(lambda: not scrape("version", old))
     finally:
         serve.delete("followed")
@@ -189,18 +201,19 @@ def test_the_rewards_of_equal_rows_count_as_often_as_they_were_asked_for(
 ) -> None:
     scored = metered.score(["Name a nut."] * 4, ["Hazel."] * 3 + ["Pecan."])
     mean = scored.values.mean(dtype=np.float64)
-    samples = wait_for("serve_reward_mean", approx(mean, abs=1e-6), "application", "metered")
-    assert samples["serve_repeated_responses"] == 0.5
+    told = {"serve_reward_mean": approx(mean, abs=1e-6), "serve_repeated_responses": 0.5}
+    wait_for(("application", "metered"), told)
 
 
 def test_figures_are_shown_while_nothing_happens_and_until_the_run_ends(cluster: None) -> None:
-    run, steps = TrainMetrics("slow"), dict.fromkeys(STEP, 0.5)
-    run.step(steps | {"step": 3, "tokens": 10, "tokens_unshared": 20, "seconds": 2.0})
-    run.evaluation(dict.fromkeys(EVALUATION, 0.25) | {"step": 3})
-    told = wait_for("train_step", 3, "run", "slow")
-    assert {f"train_{figure}" for figure in (*STEP, *EVALUATION)} < told.keys()
+    run, step = TrainMetrics("slow"), dict.fromkeys(STEP, 0.5) | {"step": 3}
+    run.step(step | {"tokens": 10, "tokens_unshared": 20, "seconds": 2.0})
+    run.evaluation(evaluation := dict.fromkeys(EVALUATION, 0.25) | {"step": 3})
+    computed = {"tokens_per_second": 5, "tokens_saved": 0.5, "step_seconds": 2}
+    told = {f"train_{key}": value for key, value in (evaluation | step | computed).items()}
+    shown = wait_for(("run", "slow"), told)
     time.sleep(REMEMBERED_S)
-    assert scrape("run", "slow") == told
+    assert wait_for(("run", "slow"), told).keys() >= shown.keys()
     run.close()
     until(lambda: scrape("run", "slow").keys() == {"train_tokens_total"})
 
@@ -209,7 +222,7 @@ def test_a_request_that_fails_is_counted_as_an_error_of_its_rows(cluster: None) 
     metrics = ServeMetrics()
     with pytest.raises(OverflowError), metrics.request(3), metrics.waiting(40, 60):
         raise OverflowError
-    wait_for("serve_errors_total OverflowError", 3, "kind", "OverflowError")
+    wait_for(("kind", "OverflowError"), {"serve_errors_total OverflowError": 3})
 
 
 def events(directory: Path) -> dict[str, list[tuple[int, Any]]]:

@@ -39,7 +39,7 @@ class Gate:
         self.packs: list[int] = []
 
     def __call__(self, groups: Sequence[TokenGroup]) -> Sequence[Values]:
-        assert self.open.acquire(timeout=5)
+        assert self.open.acquire(timeout=60)
         self.packs.append(len(groups))
         return self.model.score_groups(groups)
 
@@ -56,7 +56,7 @@ def groups(n: int, tokens: int = 20, first: int = 5) -> list[TokenGroup]:
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, timeout=20))
+    asyncio.run(asyncio.wait_for(test, timeout=120))
 
 
 async def settle() -> None:

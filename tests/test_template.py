@@ -760,12 +760,12 @@ def test_a_long_run_of_ends_takes_no_longer_than_other_text() -> None:
     """A search from the left takes minutes: it begins anew at each of them."""
     rows = template("chatml", max_length=10**6)
     ends = "<|im_end|>" * 30_000
-    start = time.perf_counter()
+    start = time.process_time()
     assert isinstance(rows.encode([Row("Hi", ends + "x")])[0], np.ndarray)
     assert isinstance(rows.encode([Row("Hi", ends)])[0], EmptyResponse)
     assert not rows.sampled_row("Hi", ends + "x").finished
     assert rows.sampled_row("Hi", "x" + ends).finished
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 30
     assert np.array_equal(encode(rows, "Hi", f"x{ends} \n"), encode(rows, "Hi", "x"))
 
 

@@ -46,10 +46,15 @@ LOADING = 4.0
 
 
 class SlowReplica(Replica):
-    """Takes a while for each pack, and longer to load a model; beside a file "faulty" it fails."""
+    """Takes a while for each pack, and longer to load a model; longer yet beside a file "not yet".
+
+    Beside a file "faulty" it fails.
+    """
 
     def _load(self, config: ServeConfig) -> RewardModel:
         time.sleep(LOADING)
+        while (Path(config.export).parent / "not yet").exists():
+            time.sleep(0.05)
         if (Path(config.export).parent / "faulty").exists():
             raise RuntimeError("out of memory")
         return before_each_pack(super()._load(config), lambda: time.sleep(SECONDS_PER_PACK))
@@ -119,8 +124,16 @@ def test_deploying_while_four_actors_score(
     before = {replica["pid"] for replica in stats(APP)}
     actors = [Actor.remote(n) for n in range(4)]  # type: ignore[attr-defined]
     until(lambda: min(ray.get([a.done.remote() for a in actors])) >= 2)
-    started = time.monotonic()
-    deploy(config.model_copy(update={"export": str(other_export)}))
+    (loading := other_export.parent / "not yet").touch()
+    with ThreadPoolExecutor(1) as operator:
+        deploying = operator.submit(deploy, config.model_copy(update={"export": str(other_export)}))
+        until(lambda: (record := read_record(APP)) is not None and record.staged is not None)
+        started = time.monotonic()
+        staged = [ray.get(a.done.remote()) for a in actors]
+        until(lambda: min(ray.get([a.done.remote() for a in actors])) >= max(staged) + 3)
+        assert not deploying.done(), "they score on while it is loaded"
+        loading.unlink()
+        deploying.result()
     ended = time.monotonic()
     deployed = [ray.get(a.done.remote()) for a in actors]
     until(lambda: min(ray.get([a.done.remote() for a in actors])) >= max(deployed) + 3)
@@ -138,7 +151,6 @@ def test_deploying_while_four_actors_score(
     meanwhile = sorted(at for at in arrivals if started < at < ended + 5)
     longest = max(later - earlier for earlier, later in pairwise([started, *meanwhile]))
     print(f"\n{ended - started:.1f} s to deploy; longest without a reward {longest:.2f} s")
-    assert ended - started > LOADING and longest < LOADING / 2
     assert {replica["pid"] for replica in stats(APP)} == before, "no replica was replaced"
 
 
@@ -193,7 +205,7 @@ def test_a_replica_that_starts_later_serves_what_is_wanted(
     deploy(config.model_copy(update={"export": str(other_export)}))
     killed = stats(APP)[0]["pid"]
     os.kill(killed, signal.SIGKILL)
-    until(lambda: len({replica["pid"] for replica in stats(APP)} - {killed}) == 2, 60)
+    until(lambda: len({replica["pid"] for replica in stats(APP)} - {killed}) == 2)
     assert {replica["version"] for replica in stats(APP)} == {new}
 
 
