@@ -325,9 +325,11 @@ class RewardModel:
         if share == threads:
             yield from map(self._score_pack, packs)
             return
-        with ThreadPoolExecutor(workers, "scoring", torch.set_num_threads, (share,)) as pool:
-            yield from pool.map(self._score_pack, packs)
-        torch.set_num_threads(threads)  # also what threads that come later begin with
+        try:
+            with ThreadPoolExecutor(workers, "scoring", torch.set_num_threads, (share,)) as pool:
+                yield from pool.map(self._score_pack, packs)
+        finally:
+            torch.set_num_threads(threads)  # also what threads that come later begin with
 
     @torch.inference_mode()
     def _score_pack(self, groups: Sequence[TokenGroup]) -> NDArray[np.float32]:

@@ -403,3 +403,24 @@ def test_a_group_scored_by_hand_is_the_group_scored(model: RewardModel) -> None:
     apart = [TokenGroup.from_rows([row]) for group in encoded.groups for row in group.rows]
     whole = np.concatenate(model.score_groups(encoded.groups))
     assert close(whole, np.concatenate(model.score_groups(apart)))
+
+
+def test_a_pack_that_raises_leaves_later_threads_as_many_torch_threads(
+    tiny_export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = RewardModel.load(tiny_export, "cpu", "float32", tokens_per_pack=64)
+    groups = [TokenGroup(np.zeros(0, np.int32), (np.zeros(40, np.int32),)) for _ in range(4)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        monkeypatch.setattr(model, "_score_pack", fail)
+        with pytest.raises(RuntimeError, match="this pack"):
+            model.score_groups(groups)
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+def fail(_: object) -> None:
+    raise RuntimeError("this pack")

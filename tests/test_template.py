@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 import time
 from collections.abc import Sequence
@@ -838,3 +839,27 @@ def test_fingerprints_tell_vocabularies_apart() -> None:
     assert fingerprint(tokenizer("a1", "b2")) == fingerprint(tokenizer("a1", "b2"))
     assert fingerprint(tokenizer("a1", "b2")) != fingerprint(tokenizer("b2", "a1"))
     assert len(fingerprint(tiny_tokenizer())) == 64
+
+
+def test_a_tokenizer_remembers_its_fingerprint_until_tokens_are_added(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer, other = tiny_tokenizer(), tiny_tokenizer()
+    other.add_tokens(["more"])
+    calls = 0
+    get_vocab = type(tokenizer).get_vocab
+
+    def counting(self: PreTrainedTokenizerBase) -> dict[str, int]:
+        nonlocal calls
+        calls += 1
+        return get_vocab(self)
+
+    monkeypatch.setattr(type(tokenizer), "get_vocab", counting)
+    first = fingerprint(tokenizer)
+    assert [fingerprint(tokenizer) for _ in range(3)] == [first] * 3 and calls == 1
+    copied = pickle.loads(pickle.dumps(tokenizer))
+    assert fingerprint(copied) == first != fingerprint(other)
+    tokenizer.add_tokens(["more"])
+    assert fingerprint(tokenizer) == fingerprint(other)
+    tokenizer._tokenizer = byte_tokenizer(["a"], eos_token="a")._tokenizer
+    assert fingerprint(tokenizer) not in (first, fingerprint(other))
