@@ -105,6 +105,20 @@ def test_a_caller_alone_keeps_all_replicas_busy() -> None:
     assert outcome.ratio < ALIKE_SMALL
 
 
+def test_steps_of_one_row_fill_packs_and_are_all_reported() -> None:
+    rows = [row for (step,) in steps_of(1, ONE_ROW_STEPS) for row in step]
+    outcome = simulate([[[row] for row in rows]], [1.0] * 4, at_once=True)
+    report("600 steps of a row, 4 replicas", 1.10, outcome)
+    # Each replica's first pack is what came within GATHER_S, and its last what was left.
+    full = [tokens for tokens in outcome.packs if tokens > 0.9 * TOKENS_PER_PACK]
+    assert sum(full) > sum(outcome.packs) / 2
+    assert outcome.refused < 10 * len(rows)
+    total = sum(len(row.prompt) + len(row.response) for row in rows)
+    assert outcome.reported[0] > 0.9 * total
+    assert outcome.reported[-1] == 0
+    assert outcome.ratio < ONE_ROW
+
+
 @pytest.mark.slow
 def test_replicas_of_a_large_cluster_end_about_together() -> None:
     outcome = simulate(steps_of(LARGE, ROWS), [1.0] * LARGE)
