@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +22,6 @@ logger = logging.getLogger("ray.serve")
 
 # How often the callers of calls in progress are looked after.
 WATCH_S = 2.0
-
-# How long what a caller said it waits for is taken to stand.
-HEARD_S = 3.0
 
 # So many calls are named in a message.
 NAMED = 10
@@ -49,7 +45,9 @@ class Ticket:
 
     step: id of the step, part: the chunk's number in it. version: what has to score it, "" for
     whatever is served; rewards: names of those that are wanted. outstanding: tokens of the step,
-    about, that are still to be computed; replicas: how many there are to compute them.
+    about, that have no answer yet, waiting: those of them that are sent to no replica for now;
+    replicas: how many there are to compute them. spread: other replicas may have heard of the step
+    too: it has more chunks, or one has been refused.
     """
 
     step: str
@@ -57,7 +55,9 @@ class Ticket:
     caller: Caller
     version: str = ""
     outstanding: int = 0
+    waiting: int = 0
     replicas: int = 1
+    spread: bool = False
     rewards: tuple[str, ...] = (OWN,)
 
 
@@ -76,14 +76,10 @@ def lives(caller: Caller) -> bool:
 
 
 class CallsInProgress:
-    """The calls that a replica works on, whose they are, and what their callers wait for besides.
-
-    Calls of callers that died are cancelled.
-    """
+    """The calls that a replica works on, and whose they are; a dead caller's are cancelled."""
 
     def __init__(self) -> None:
         self._calls: dict[asyncio.Task[Any], Ticket] = {}
-        self._heard: dict[Caller, tuple[float, Ticket]] = {}
         self._watching: asyncio.Task[None] | None = None
 
     @contextmanager
@@ -98,25 +94,6 @@ class CallsInProgress:
             yield
         finally:
             del self._calls[task]
-
-    def note(self, ticket: Ticket) -> None:
-        """Remember what the caller waits for, also where its call is refused."""
-        self._heard[ticket.caller] = asyncio.get_running_loop().time(), ticket
-
-    def outstanding(self) -> int:
-        """Tokens that callers who were heard of lately have no reward for."""
-        return sum(ticket.outstanding for ticket in self._lately())
-
-    def share(self) -> float:
-        """Of those tokens, a replica's share; one alone need not leave anything to others."""
-        lately = self._lately()
-        alone = any(ticket.replicas == 1 for ticket in lately)
-        return math.inf if alone else sum(t.outstanding / t.replicas for t in lately)
-
-    def _lately(self) -> list[Ticket]:
-        since = asyncio.get_running_loop().time() - HEARD_S
-        self._heard = {c: heard for c, heard in self._heard.items() if heard[0] > since}
-        return [ticket for _, ticket in self._heard.values()]
 
     def __str__(self) -> str:
         named = [f"step={ticket.step} part={ticket.part}" for ticket in self._calls.values()]

@@ -365,19 +365,25 @@ class Sending:
         self.caller = caller
         self.patience_s = patience_s
         self.outstanding = 0
+        self.waiting = 0
+        self.spread = False
         self.refused = 0
-        self.answered_at = time.monotonic()
+        self.answered_at = math.inf
 
     async def send(self, step: Step, tokenizer: str | None, on_arrival: OnArrival | None) -> Named:
         """Cut the step, keep a few chunks a replica on their way, collect what arrives."""
+        self.answered_at = asyncio.get_running_loop().time()
         cut = step.cut(self.app.replicas, self.app.tokens_per_pack)
         chunks = [step.chunk(keys, tokenizer) for keys in cut]
-        self.outstanding = sum(map(self._cost, chunks))
+        self.outstanding = self.waiting = sum(map(self._cost, chunks))
+        self.spread = len(chunks) > 1
 
         places = asyncio.Semaphore(CHUNKS_PER_REPLICA * self.app.replicas)
 
         async def score(part: int, chunk: Chunk) -> dict[str, Arrival]:
             async with places:
+                self.waiting -= self._cost(chunk)
+                await asyncio.sleep(0)  # the others that have a place do not wait either
                 reply = await self.send_chunk(part, chunk)
             arrived = {name: step.arrived(cut[part], of) for name, of in reply.items()}
             self.outstanding -= self._cost(chunk)
@@ -404,12 +410,12 @@ class Sending:
         while True:
             reply = await self._call(part, chunk)
             if isinstance(reply, dict):
-                self.answered_at = time.monotonic()
+                self.answered_at = asyncio.get_running_loop().time()
                 return reply
             if isinstance(reply, VersionGone | UnknownReward):
                 raise reply
             if isinstance(reply, Overloaded):
-                await self._wait_for_room(reply)
+                await self._wait_for_room(reply, self._cost(chunk))
                 continue
             elif isinstance(reply, FULL):
                 wait = backoff(full := full + 1)
@@ -426,8 +432,17 @@ class Sending:
 
     async def _call(self, part: int, chunk: Chunk) -> Named | Exception:
         """What a replica says, or what kept it from saying anything."""
-        app, left = self.app, self.outstanding
-        ticket = Ticket(self.step, part, self.caller, app.version, left, app.replicas, app.rewards)
+        ticket = Ticket(
+            self.step,
+            part,
+            self.caller,
+            version=self.app.version,
+            outstanding=self.outstanding,
+            waiting=self.waiting,
+            replicas=self.app.replicas,
+            spread=self.spread,
+            rewards=self.app.rewards,
+        )
         context = replace(_get_serve_request_context(), request_id=f"{self.step}-{part}")
         # Serve's own log lines name the step too.
         _serve_request_context.set(context)  # type: ignore[arg-type]
@@ -447,16 +462,19 @@ class Sending:
         except RayServeException as error:
             raise ServiceError(f"application {self.name!r}, step {self.step}: {error}") from error
 
-    async def _wait_for_room(self, refusal: Overloaded) -> None:
+    async def _wait_for_room(self, refusal: Overloaded, tokens: int) -> None:
         """At random, so that callers do not come back together."""
-        if time.monotonic() - self.answered_at > self.patience_s:
+        if asyncio.get_running_loop().time() - self.answered_at > self.patience_s:
             raise refusal
         self.refused += 1
+        self.waiting += tokens
+        self.spread = True
         rounds = max(1.0, self.refused / KNOCKS)
         try:
             await asyncio.sleep(refusal.retry_after_s * rounds * random.uniform(0.5, 1.5))
         finally:
             self.refused -= 1
+            self.waiting -= tokens
 
     def _warn(self, part: int, what: str, error: Exception) -> None:
         version, caller = self.app.version, self.caller.name

@@ -44,6 +44,7 @@ SECONDS_WAITING = 0.5
 # But no more than half of what callers still want of this replica, and packs as large as that, so
 # that replicas end together: what one has taken no other computes, however slow it is (guided
 # self-scheduling, Polychronopoulos and Kuck, IEEE Trans. Computers 1987). The least pays a call.
+# What comes in one chunk is not shared out: all of it may wait, and makes the packs full.
 SHARE_WAITING = 0.5
 SHARE_PACK = 0.5
 LEAST_WAITING = 2048
@@ -114,6 +115,7 @@ class TokenQueue:
         self.queued_tokens = 0
         self.computed_tokens = 0
         self.tokens_per_second = 0.0
+        self.own = 0
         self.share = math.inf
         self.outstanding = math.inf
         self._admitted: dict[Hashable, int] = defaultdict(int)
@@ -159,15 +161,21 @@ class TokenQueue:
 
     @property
     def limit(self) -> int:
-        """Tokens that may be admitted at once; share: those that callers want of this replica."""
+        """Tokens that may be admitted at once, of which one caller alone gets half.
+
+        own: tokens that no other replica will get; share: those that callers want of this one
+        besides.
+        """
         most = max(PACKS_WAITING * self.tokens_per_pack, SECONDS_WAITING * self.tokens_per_second)
         least = max(LEAST_WAITING, LEAST_SECONDS * self.tokens_per_second)
-        return int(min(self.max_tokens, most, max(least, SHARE_WAITING * self.share)))
+        wanted = 2 * self.own + SHARE_WAITING * self.share
+        return int(min(self.max_tokens, most, max(least, wanted)))
 
     @property
     def pack(self) -> int:
         """Tokens of the next pack: less where little is left, so that all replicas end together."""
-        return int(min(self.tokens_per_pack, max(LEAST_WAITING / 2, SHARE_PACK * self.share)))
+        wanted = self.own + SHARE_PACK * self.share
+        return int(min(self.tokens_per_pack, max(LEAST_WAITING / 2, wanted)))
 
     @property
     def admitted_tokens(self) -> int:

@@ -33,11 +33,12 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from rayrm.adapters import read_adapters
-from rayrm.autoscale import OUTSTANDING, OutstandingTokens
+from rayrm.autoscale import LOOK_BACK_S, REPORT_S, OutstandingTokens
 from rayrm.callers import Caller, CallsInProgress, Ticket, this_caller
 from rayrm.chunk import Chunk
 from rayrm.client import REPLICA
 from rayrm.config import OWN, HttpSection, ServeConfig, at_home
+from rayrm.demand import Demand
 from rayrm.endpoint import Endpoint
 from rayrm.engine import Encoded, RewardModel, Rewards
 from rayrm.errors import ConfigError, Overloaded, ServiceError, UnknownReward, VersionGone
@@ -424,6 +425,8 @@ def scale(config: ServeConfig) -> dict[str, Any]:
             max_replicas=wanted.max_replicas,
             upscale_delay_s=wanted.upscale_delay_s,
             downscale_delay_s=wanted.downscale_delay_s,
+            metrics_interval_s=REPORT_S,
+            look_back_period_s=LOOK_BACK_S,
             policy=policy,
         )
     }
@@ -438,6 +441,7 @@ class Replica:
         self.calls = self.refused = 0
         self.metrics = ServeMetrics()
         self.in_progress = CallsInProgress()
+        self.demand = Demand()
         self.queue = TokenQueue(config.tokens_per_pack, config.max_queue_tokens)
         self.known = KnownRewards(config.cache_bytes)
         self.models = Models(app, config, self._load, self.metrics.holds)
@@ -450,14 +454,13 @@ class Replica:
     ) -> dict[str, Rewards] | Overloaded | VersionGone | UnknownReward:
         """Rewards of a chunk's rows by name, in its order; or why they are not scored now."""
         self.calls += 1
-        self.in_progress.note(ticket)
-        self.queue.share = self.in_progress.share()
-        self.queue.outstanding = self.in_progress.outstanding()
+        cost = chunk.cost * len(ticket.rewards)
         try:
-            cost = chunk.cost * len(ticket.rewards)
-            with self.queue.admit(ticket.caller, cost), self.in_progress.call(ticket):
-                model = await self.models.get(ticket.version)
-                rewards = await self._score(model, chunk, ticket)
+            with self.demand.chunk(ticket, cost):
+                self.queue.own, self.queue.share, self.queue.outstanding = self.demand.wanted()
+                with self.queue.admit(ticket.caller, cost), self.in_progress.call(ticket):
+                    model = await self.models.get(ticket.version)
+                    rewards = await self._score(model, chunk, ticket)
         except (Overloaded, VersionGone, UnknownReward) as refusal:
             self.refused += 1
             self.metrics.refused(refusal)
@@ -542,7 +545,7 @@ class Replica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve asks this for its autoscaling policy: autoscale.py."""
-        return {OUTSTANDING: float(self.in_progress.outstanding())}
+        return self.demand.report()
 
     def catch_up(self) -> dict[str, Any]:
         """Compare with what is wanted, soon; stats as they are."""

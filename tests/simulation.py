@@ -23,16 +23,19 @@ from ray.serve._private.common import (
     DeploymentID,
     ReplicaID,
     RequestMetadata,
+    TimeStampedValue,
 )
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve.handle import DeploymentHandle
 
-from rayrm.callers import Caller, CallsInProgress, Ticket
+from rayrm.autoscale import add_up
+from rayrm.callers import Caller, Ticket
 from rayrm.chunk import Chunk, Step
 from rayrm.client import Application, Sending
 from rayrm.config import OWN
+from rayrm.demand import Demand
 from rayrm.engine import Rewards
 from rayrm.errors import Overloaded
 from rayrm.packing import Ids, TokenGroup
@@ -131,7 +134,7 @@ class SimulatedReplica:
     def __init__(self, number: int, speed: float = 1.0) -> None:
         self.replica_id = cast(ReplicaID, NumberedID(number))
         self.queue = SimulatedQueue(speed)
-        self.in_progress = CallsInProgress()
+        self.demand = Demand()
         self.ongoing = self.calls = self.refused = 0
 
     async def get_queue_len(self, *, deadline_s: float) -> int:
@@ -141,11 +144,11 @@ class SimulatedReplica:
     async def score(self, chunk: Chunk, ticket: Ticket) -> dict[str, Rewards] | Overloaded:
         """As Replica.score does it."""
         self.calls += 1
-        self.in_progress.note(ticket)
-        self.queue.share = self.in_progress.share()
         try:
-            with self.queue.admit(ticket.caller, chunk.cost):
-                scored = await self.queue.score(to_groups(chunk), no_model, ticket.caller)
+            with self.demand.chunk(ticket, chunk.cost):
+                self.queue.own, self.queue.share, self.queue.outstanding = self.demand.wanted()
+                with self.queue.admit(ticket.caller, chunk.cost):
+                    scored = await self.queue.score(to_groups(chunk), no_model, ticket.caller)
         except Overloaded as refusal:
             self.refused += 1
             return refusal
@@ -239,11 +242,24 @@ def tokens_of(rows: Sequence[Row]) -> int:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Virtual seconds until the last reward, at best, and of each replica until its last."""
+    """Virtual seconds until the last reward, and at best.
+
+    reported: outstanding tokens as the autoscaling policy adds them up, each second and at the end.
+    """
 
     makespan: float
     ideal: float
+    reported: Sequence[float] = field(repr=False)
     replicas: Sequence[SimulatedReplica] = field(repr=False)
+
+    @property
+    def refused(self) -> int:
+        return sum(replica.refused for replica in self.replicas)
+
+    @property
+    def packs(self) -> list[int]:
+        """Tokens of each."""
+        return [tokens for replica in self.replicas for tokens in replica.queue.packs]
 
     @property
     def ratio(self) -> float:
@@ -251,36 +267,65 @@ class Outcome:
 
     def __str__(self) -> str:
         calls = sum(replica.calls for replica in self.replicas)
-        refused = sum(replica.refused for replica in self.replicas)
-        packs = [tokens for replica in self.replicas for tokens in replica.queue.packs]
         return (
-            f"{self.makespan:.1f} s of {self.ideal:.1f}: {self.ratio:.3f}; "
-            f"{calls} calls, {refused} refused, {len(packs)} packs of {np.mean(packs):.0f} tokens"
+            f"{self.makespan:.1f} s of {self.ideal:.1f}: {self.ratio:.3f}; {calls} calls, "
+            f"{self.refused} refused, {len(self.packs)} packs of {np.mean(self.packs):.0f} tokens"
         )
 
 
-def simulate(steps: Sequence[Sequence[Sequence[Row]]], speeds: Sequence[float]) -> Outcome:
-    """Each caller's steps, one after the other, on replicas of such speeds. All rewards came."""
+def simulate(
+    steps: Sequence[Sequence[Sequence[Row]]], speeds: Sequence[float], at_once: bool = False
+) -> Outcome:
+    """Each caller's steps, one after the other or at once, on replicas of such speeds.
+
+    All rewards came.
+    """
     random.seed(0)
-    makespan, replicas = run_virtually(_simulate(steps, speeds))
+    makespan, reported, replicas = run_virtually(_simulate(steps, speeds, at_once))
     tokens = sum(tokens_of(step) for caller in steps for step in caller)
     packs = tokens / TOKENS_PER_PACK
-    return Outcome(makespan, packs * pack_seconds(TOKENS_PER_PACK) / sum(speeds), replicas)
+    ideal = packs * pack_seconds(TOKENS_PER_PACK) / sum(speeds)
+    return Outcome(makespan, ideal, reported, replicas)
 
 
 async def _simulate(
-    steps: Sequence[Sequence[Sequence[Row]]], speeds: Sequence[float]
-) -> tuple[float, Sequence[SimulatedReplica]]:
+    steps: Sequence[Sequence[Sequence[Row]]], speeds: Sequence[float], at_once: bool
+) -> tuple[float, Sequence[float], Sequence[SimulatedReplica]]:
     replicas = [SimulatedReplica(number, speed) for number, speed in enumerate(speeds)]
+    reported: list[float] = []
 
     async def call(number: int, steps: Sequence[Sequence[Row]]) -> None:
         handle = cast("DeploymentHandle[Any]", SimulatedHandle(replicas))
         app = Application(handle, len(replicas), TOKENS_PER_PACK)
         caller = Caller(f"caller {number}", "job", "")
-        for s, rows in enumerate(steps):
+
+        async def score(s: int, rows: Sequence[Row]) -> None:
             sending = Sending(app, "simulated", f"{number}-{s}", caller, float("inf"))
             rewards = (await sending.send(Step(rows), None, None))[OWN]
             assert len(rewards) == len(rows) and not np.isnan(rewards.values).any()
 
+        if at_once:
+            await asyncio.gather(*(score(*numbered) for numbered in enumerate(steps)))
+        else:
+            for numbered in enumerate(steps):
+                await score(*numbered)
+
+    async def watch() -> None:
+        while True:
+            await asyncio.sleep(1)
+            reported.append(outstanding(replicas))
+
+    watching = asyncio.ensure_future(watch())
     await asyncio.gather(*(call(*numbered) for numbered in enumerate(steps)))
-    return asyncio.get_running_loop().time(), replicas
+    watching.cancel()
+    makespan = asyncio.get_running_loop().time()
+    return makespan, [*reported, outstanding(replicas)], replicas
+
+
+def outstanding(replicas: Sequence[SimulatedReplica]) -> float:
+    """Tokens by the reports of all, taken at the same time."""
+    reports: dict[str, dict[ReplicaID, list[TimeStampedValue]]] = {}
+    for replica in replicas:
+        for name, value in replica.demand.report().items():
+            reports.setdefault(name, {})[replica.replica_id] = [TimeStampedValue(0.0, value)]
+    return cast(float, add_up(reports))

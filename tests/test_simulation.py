@@ -42,6 +42,10 @@ ONE_SLOW = 1.10
 # Of eight replicas, or for one caller, the last chunk is a larger part.
 ALIKE_SMALL = 1.06
 
+# As many one-row requests at once as OpenRLHF sends, and what they may take.
+ONE_ROW_STEPS = 600
+ONE_ROW = 1.10
+
 Steps = Sequence[Sequence[Sequence[Row]]]
 
 
@@ -103,6 +107,20 @@ def test_a_caller_alone_keeps_all_replicas_busy() -> None:
     outcome = simulate(steps_of(1, rows_for(SMALL)), [1.0] * SMALL)
     report("8 replicas alike, one caller", 1.03, outcome)
     assert outcome.ratio < ALIKE_SMALL
+
+
+def test_steps_of_one_row_fill_packs_and_are_all_reported() -> None:
+    rows = [row for (step,) in steps_of(1, ONE_ROW_STEPS) for row in step]
+    outcome = simulate([[[row] for row in rows]], [1.0] * 4, at_once=True)
+    report("600 steps of a row, 4 replicas", 1.10, outcome)
+    # Each replica's first pack is what came within GATHER_S, and its last what was left.
+    full = [tokens for tokens in outcome.packs if tokens > 0.9 * TOKENS_PER_PACK]
+    assert sum(full) > sum(outcome.packs) / 2
+    assert outcome.refused < 10 * len(rows)
+    total = sum(len(row.prompt) + len(row.response) for row in rows)
+    assert outcome.reported[0] > 0.9 * total
+    assert outcome.reported[-1] == 0
+    assert outcome.ratio < ONE_ROW
 
 
 @pytest.mark.slow
