@@ -314,7 +314,7 @@ def openrlhf(port: int) -> tuple[int, Any]:
 def test_openrlhf_is_scored_by_the_canary_where_its_address_is_drawn(
     port: int, local: RewardModel, other_export: Path
 ) -> None:
-    canary = RewardModel.load(other_export, "cpu")
+    canary = RewardModel.load(other_export, "cpu", "float32")
     drawn = set()
     try:
         for share in (0.0, 0.3, 0.7, 1.0):

@@ -421,9 +421,9 @@ def test_a_run_killed_while_it_notes_its_config_can_be_started_again(
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(TrainConfig, "model_dump_json", killed)
         claim(config, run_directory(config))
-    claim(config, run_directory(config))
+    claimed = claim(config, run_directory(config))
     noted = json.loads((tmp_path / "run/config.json").read_text())
-    assert TrainConfig(**noted) == config
+    assert TrainConfig(**noted) == claimed
 
 
 def test_the_bar_outlives_the_process_that_counts_its_steps() -> None:
