@@ -37,7 +37,7 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from transformers import PreTrainedModel
 
 from rayrm.checkpoint import consolidate, load_trained
-from rayrm.config import TrainConfig, TrainSection
+from rayrm.config import ClusterSection, TrainConfig, TrainSection
 from rayrm.data import read_groups
 from rayrm.engine import RewardModel
 from rayrm.errors import ConfigError, ExportError, RayrmError, TrainingError
@@ -129,8 +129,9 @@ def fit(config: TrainConfig) -> TrainResult:
         raise first_cause(error) from error
     except RayActorError as error:
         raise TrainingError(f"Ray Train's controller of {run} died: {error}") from error
+    cpus = export_cpus(config.cluster)
     export = ray.remote(export_run).options(
-        num_cpus=config.cluster.cpus_per_worker,
+        num_cpus=cpus,
         num_gpus=config.cluster.gpus_per_worker,
         label_selector=config.cluster.labels or None,
         runtime_env={"env_vars": worker_environment(config)},
@@ -139,7 +140,7 @@ def fit(config: TrainConfig) -> TrainResult:
     checkpoint, step = to_export(config.train, trained)
     config = with_dtype(config, trained.return_value["dtype"])
     log.info("run %r computed in %s", config.name, config.train.dtype)
-    ray.get(export.remote(config, run, checkpoint, step, trained.return_value))
+    ray.get(export.remote(config, run, checkpoint, step, trained.return_value, cpus))
     return read_result(run)
 
 
@@ -208,11 +209,22 @@ def to_export(train: TrainSection, trained: Result) -> tuple[Checkpoint, int]:
     return trained.checkpoint, trained.metrics["step"]
 
 
+def export_cpus(cluster: ClusterSection) -> float:
+    """A worker's, or on a single node all that the workers have left there."""
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    return cluster.cpus_per_worker * (cluster.workers if nodes == 1 else 1)
+
+
 def export_run(
-    config: TrainConfig, run: str, checkpoint: Checkpoint, step: int, trained: dict[str, Any]
+    config: TrainConfig,
+    run: str,
+    checkpoint: Checkpoint,
+    step: int,
+    trained: dict[str, Any],
+    cpus: float,
 ) -> None:
     """Write a checkpoint's model, evaluate what was written, publish it and the report."""
-    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    torch.set_num_threads(max(1, int(cpus)))
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary) / "export"
         with checkpoint.as_directory() as shards:

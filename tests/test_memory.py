@@ -196,7 +196,7 @@ def export(config: TrainConfig, trained: Trained) -> Path:
     directory = Path(config.storage) / "run"
     directory.mkdir(parents=True)
     shards = Checkpoint.from_directory(trained["shards"])
-    export_run(config, str(directory), shards, 3, trained["run"])
+    export_run(config, str(directory), shards, 3, trained["run"], cpus=1)
     return directory / "export"
 
 
