@@ -124,7 +124,7 @@ def train_with_trl(config: TrainConfig, data: PreferenceData, file: Path) -> dic
 
 def score(export: str, pairs: list[list[list[int]]]) -> np.ndarray[Any, Any]:
     """Rewards [pairs, 2] from the export, packed."""
-    model = RewardModel.load(export)
+    model = RewardModel.load(export, dtype="float32")
     rows = [TokenGroup.from_rows([np.array(ids, dtype=np.int32) for ids in p]) for p in pairs]
     return np.array(model.score_groups(rows))
 

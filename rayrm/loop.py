@@ -367,6 +367,7 @@ class Rank:
             "step": self.step,
             "history": self.history,
             "data_fingerprint": self.train.fingerprint,
+            "text_to_ids": self.train.text_to_ids,
             "groups": len(self.train),
             "frozen_sha256": self.frozen_sha256,
         }

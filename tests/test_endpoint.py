@@ -376,6 +376,7 @@ def test_the_same_application_comes_from_a_serve_config(
     application |= {"name": "declared", "route_prefix": "/declared"}
     application["args"] |= {
         "export": str(tiny_export),
+        "dtype": "float32",
         "replicas": 1,
         "gpus_per_replica": 0,
         "cpus_per_replica": 1,

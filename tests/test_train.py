@@ -362,7 +362,7 @@ def test_the_loop_evaluates_as_the_export_is_evaluated_over_long_rows_too(
     records += [{"prompt": "same", "chosen": "red", "rejected": "red<|im_end|>"}] * 3
     records.append({"prompt": "half", "chosen": "red", "rejected": "blue", "label": 0.5})
     held_out = write(tmp_path / "held_out.jsonl", records)
-    train = {"eval_every": 3, "tokens_per_micro_batch": 64}
+    train = {"eval_every": 1, "tokens_per_micro_batch": 64}
     config = configure(base, data, tmp_path, train=train)
     config.data.eval, config.data.max_length = [str(held_out)], 40
     result = fit(config)
@@ -513,7 +513,7 @@ def test_a_run_from_before_prompts_were_split_goes_on_with_whole_ones(
             base, crowded, tmp_path, train={"pairs_per_group": asked, "checkpoint_every": 1}
         )
         if asked is None:
-            assert claim(other, run) == other
+            assert claim(other, run).train == other.train
         else:
             with pytest.raises(TrainingError, match=r"train\.pairs_per_group"):
                 claim(other, run)
