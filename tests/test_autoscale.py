@@ -40,7 +40,7 @@ class Context:
 
 def test_a_replica_for_every_so_many_outstanding_tokens() -> None:
     policy = OutstandingTokens(1000)
-    assert policy(Context.reports([9000.0, 2500.0], [2200.0]))[0] == 3
+    assert policy(Context.reports([9000.0, 2500.0], [2200.0]))[0] == 5  # the latest of both
     assert policy(Context.reports([0.0]))[0] == 0
     assert policy(Context(2))[0] == 2  # nobody has reported yet
     assert policy(Context(0, 0.0))[0] == 0
