@@ -1,10 +1,10 @@
 """A corpus of prompts and responses → the same corpus with rewards, over the whole cluster.
 
 IN is read twice: once for what is in it, once to score the parts that are missing; both times the
-files that were there at first, without OUT and its parts. A part that is
-scored lies whole in OUT.parts, and when all are there they are joined to OUT. So a run that was
-killed goes on where it was, and ends in the same bytes. Memory holds the parts in flight, and all
-of a file that is one JSON array. Knows nothing of Serve's applications, nor of training.
+files that were there at first, without OUT and its parts. A part that is scored lies whole in
+OUT.parts, and when all are there they are joined to OUT. So a run that was killed goes on where it
+was, and ends in the same bytes. Memory holds the parts in flight, and all of a file that is one
+JSON array. Knows nothing of Serve's applications, nor of training.
 """
 
 from __future__ import annotations

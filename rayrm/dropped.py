@@ -22,7 +22,6 @@ Render = Callable[[list[Message], Tools | None], str]
 Path = tuple[str | int, ...]
 
 THOUGHT_KEYS = ("reasoning_content", "thinking")
-_NAMED_KEYS = ("name", "tool_call_id")
 
 _THOUGHT_TAG = re.compile(r"</?think(?:ing)?>|\[/?THINK\]")
 _THOUGHT_ENDS = ("</think>", "</thinking>", "[/THINK]")
@@ -118,16 +117,16 @@ def _number(i: int) -> str:
 
 def _marks(messages: list[Message], tools: Tools | None) -> Iterator[Mark]:
     for i, message in enumerate(messages):
-        for key in message.keys() - {"role"}:
+        for key, value in message.items():
             path: Path = ("messages", i, key)
             if key == "content":
                 answers = message["role"] == "assistant"
-                yield from _in_content(path, message[key] or "", i, answers)
+                yield from _in_content(path, value or "", i, answers)
             elif key == "tool_calls":
-                for n, call in enumerate(message[key]):
+                for n, call in enumerate(value):
                     yield from _in_call((*path, n), call, i, f"tool_calls[{n}]")
-            elif key in THOUGHT_KEYS or key in _NAMED_KEYS:
-                yield from _in_leaf(path, message[key], i, key, key in THOUGHT_KEYS)
+            elif key != "role":
+                yield from _in_leaf(path, value, i, key, key in THOUGHT_KEYS)
     for n, tool in enumerate(tools or ()):
         function = tool.get("function")
         at: Path = ("tools", n, "function") if isinstance(function, dict) else ("tools", n)
@@ -150,8 +149,9 @@ def _in_call(path: Path, call: Any, message: int, what: str) -> Iterator[Mark]:
     if isinstance(call, dict):
         if isinstance(function := call.get("function"), dict):
             path, call, what = (*path, "function"), function, f"{what}.function"
-        for key in call.keys() & {"name", "arguments"}:
-            yield from _in_leaves((*path, key), call[key], message, f"{what}.{key}")
+        for key in ("name", "arguments"):
+            if key in call:
+                yield from _in_leaves((*path, key), call[key], message, f"{what}.{key}")
 
 
 def _in_leaves(path: Path, value: Any, message: int, what: str) -> Iterator[Mark]:

@@ -225,11 +225,10 @@ class RewardModel:
         Equal prompts are computed once, unless the model is deterministic. A row is text,
         messages, or token ids, which are scored exactly as given. finished: False where the sampler
         cut the response off. tools: for each prompt what can be called there, as JSON schemas, or
-        None. tokenizer: what made the ids, or its fingerprint; another tokenizer's
-        ids are errors. rewards: instead of this model's own reward, those of these names, each with
-        its Rewards; its own is "default", the others are its adapters'. A bad row gets its RowError
-        and NaN, the others are scored. Raises ValueError where the lists differ in length,
-        UnknownReward.
+        None. tokenizer: what made the ids, or its fingerprint; another tokenizer's ids are errors.
+        rewards: instead of this model's own reward, those of these names, each with its Rewards;
+        its own is "default", the others are its adapters'. A bad row gets its RowError and NaN, the
+        others are scored. Raises ValueError where the lists differ in length, UnknownReward.
         """
         models = {name: self.named(name) for name in check_names(rewards)}
         rows = make_rows(prompts, responses, finished, groups, tools)

@@ -37,12 +37,19 @@ RECORD = "rayrm.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 # What models end a text or a turn with.
-_KNOWN_ENDS = {"<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>"} | {
-    "</s>",
-    "<eos>",
-    "<end_of_turn>",
-    "<|end|>",
-}
+_KNOWN_ENDS = set(
+    [
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<end_of_turn>",
+        "<eos>",
+        "</s>",
+    ]
+)
 
 # The adapter by itself, in the format of peft, below a LoRA run's export.
 ADAPTER = "adapter"

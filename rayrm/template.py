@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import reprlib
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,8 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from rayrm.data import Message, Text
-from rayrm.dropped import THOUGHT_KEYS
+from rayrm.data import MESSAGE_KEYS, Message, Text
 from rayrm.errors import EmptyResponse, InvalidRow, InvalidTokenIds, RowError, RowTooLong
 from rayrm.packing import Ids, common_prefix
 from rayrm.rendering import PROMPT, RESPONSE, ChatTemplate, Rule, Thoughts, eos, pad_of
@@ -369,16 +369,24 @@ class Template:
         system = next((i for i, m in enumerate(prompt) if m["role"] not in _SYSTEM), len(prompt))
         kept, turns = prompt[:system], prompt[system:]
         starts = [i for i, message in enumerate(turns) if message["role"] == turns[0]["role"]]
-        for start in starts[1:]:
-            cut = self._with_prompt(rows, [*kept, *turns[start:]])
-            if cut and self._excess(cut) <= 0:
-                return cut
         if not starts:
             return None
+
+        def from_turn(start: int) -> list[Ids] | None:
+            return self._with_prompt(rows, [*kept, *turns[start:]])
+
+        def fits(start: int) -> bool:
+            cut = from_turn(start)
+            return cut is not None and self._excess(cut) <= 0
+
+        # Fewer turns are shorter, so that not each number of them has to be tokenised.
+        fewest = bisect_left(starts, True, lo=1, key=fits)
+        if fewest < len(starts):
+            return from_turn(starts[fewest])
         first, *rest = turns[starts[-1] :]
         text, dropped = first.get("content") or "", 0
         begins = self._begins(text)
-        cut = self._with_prompt(rows, [*kept, first, *rest])
+        cut = from_turn(starts[-1])
         while cut and (excess := self._excess(cut)) > 0:
             dropped += excess
             if dropped >= len(begins):
@@ -488,8 +496,8 @@ def _wrong_keys(message: Mapping[str, Any]) -> Iterator[str]:
         yield "content"
     if calls is not None and not _is_objects(calls):
         yield "tool_calls"
-    for key in ("tool_call_id", "name", *THOUGHT_KEYS):
-        if message.get(key) is not None and not _is_text(message[key]):
+    for key in MESSAGE_KEYS:
+        if key != "tool_calls" and message.get(key) is not None and not _is_text(message[key]):
             yield key
 
 

@@ -282,8 +282,8 @@ def test_fit_in_another_process_resumes_and_ends_with_the_same_weights(
     stage: int,
 ) -> None:
     whole = uninterrupted(stage)
-    own = Path(shutil.copy(data, tmp_path))
-    config = configure(base, own, tmp_path, deepspeed={"zero_stage": stage})
+    own, own_base = Path(shutil.copy(data, tmp_path)), shutil.copytree(base, tmp_path / "base")
+    config = configure(own_base, own, tmp_path, deepspeed={"zero_stage": stage})
     with monkeypatch.context() as patched:
         patched.setattr("rayrm.train.train_loop", dies)
         with pytest.raises(TrainingError, match="died"):
@@ -293,6 +293,12 @@ def test_fit_in_another_process_resumes_and_ends_with_the_same_weights(
         with pytest.raises(TrainingError, match="step 4 was trained on other data"):
             fit(config)
         shutil.copy(data, own)
+    else:
+        template = own_base / "chat_template.jinja"
+        template.write_text(template.read_text() + "!")
+        with pytest.raises(TrainingError, match="step 4 was trained on other ids"):
+            fit(config)
+        shutil.copy(base / template.name, template)
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, config.model_dump_json(), address()])
     try:
         wait_until(lambda: (tmp_path / "notes/upload").exists() or driver.poll() is not None)

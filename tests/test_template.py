@@ -863,3 +863,24 @@ def test_a_tokenizer_remembers_its_fingerprint_until_tokens_are_added(
     assert fingerprint(tokenizer) == fingerprint(other)
     tokenizer._tokenizer = byte_tokenizer(["a"], eos_token="a")._tokenizer
     assert fingerprint(tokenizer) not in (first, fingerprint(other))
+
+
+def test_a_long_conversation_is_cut_without_tokenising_every_length(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turns = [{"role": "user" if i % 2 == 0 else "assistant", "content": f"{i}"} for i in range(201)]
+    chat = template("chatml")
+    row = Row(turns, "Paris.")
+    ids = encode(chat, *row)
+    kept = encode(chat, turns[40:], "Paris.")
+    limited = Template(chat.tokenizer, replace(chat.spec, max_length=len(kept)))
+    tokenize, calls = Template._tokenize, list[int]()
+
+    def counting(self: Template, texts: list[str]) -> list[list[int]]:
+        calls.append(len(texts))
+        return tokenize(self, texts)
+
+    monkeypatch.setattr(Template, "_tokenize", counting)
+    cut, _ = limited.fit(row, ids, "truncate")
+    assert isinstance(cut, np.ndarray) and np.array_equal(cut, kept)
+    assert len(calls) < 12
