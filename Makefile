@@ -21,7 +21,7 @@ ppo: env  ## PPO with three seeds on the quickstart's export: ten minutes each
 bench: env .venv-trl/.installed .venv-vllm/.installed  ## speed and memory beside TRL, vLLM and transformers
 	@$(BIN)/python jobs/bench.py $(ARGS)
 
-test: env  ## run the tests, but for the slow ones
+test: env  ## run the tests, but for the slow ones and the faults
 	@$(BIN)/python -m pytest -m "not slow and not faults"
 
 test-slow: env  ## run the slow tests: whole training runs

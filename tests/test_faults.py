@@ -1,7 +1,7 @@
 """What dies, hangs or lies under load: four actors go on scoring, and get every reward, once.
 
-Each fault once in `make test`; `make faults` repeats each at other moments of a step. Faults of
-nodes need a cluster of several: test_lost_node.py.
+Each comes again and again, at other moments of a step. Faults of nodes need a cluster of several:
+test_lost_node.py.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ SECONDS_PER_PACK = 0.05
 # Steps that every actor scores after a fault; a fault lasts for less.
 STEPS_AFTER = 3
 
-# A fault a test, once in `make test` and so often in `make faults`.
-ROUNDS = [1, pytest.param(4, marks=pytest.mark.faults)]
+# How often each fault comes that a replica or a process of Serve does not outlive.
+ROUNDS = 3
+
+pytestmark = pytest.mark.faults
 
 
 class FaultyReplica(Replica):
@@ -204,7 +206,7 @@ def under_load(
     actors: list[Any],
     fault: Callable[[], None],
     expected: dict[int, list[float]],
-    rounds: int = 1,
+    rounds: int = ROUNDS,
     http: int | None = None,
 ) -> None:
     """Four actors score while the fault comes and after it, and get what they should.
@@ -234,20 +236,16 @@ def under_load(
     )
 
 
-@pytest.mark.parametrize("rounds", ROUNDS)
-def test_a_killed_replica(
-    port: int, actors: list[Any], expected: dict[int, list[float]], rounds: int
-) -> None:
+def test_a_killed_replica(port: int, actors: list[Any], expected: dict[int, list[float]]) -> None:
     def kill() -> None:
         until(lambda: len(stats(APP)) == 2)
         os.kill(stats(APP)[0]["pid"], signal.SIGKILL)
 
-    under_load("replica killed", actors, kill, expected, rounds)
+    under_load("replica killed", actors, kill, expected)
 
 
-@pytest.mark.parametrize("rounds", ROUNDS)
 def test_a_killed_controller(
-    port: int, actors: list[Any], expected: dict[int, list[float]], rounds: int
+    port: int, actors: list[Any], expected: dict[int, list[float]]
 ) -> None:
     killed: set[int] = set()
 
@@ -257,14 +255,11 @@ def test_a_killed_controller(
         os.kill(controller, signal.SIGKILL)
         killed.add(controller)
 
-    under_load("controller killed", actors, kill, expected, rounds)
+    under_load("controller killed", actors, kill, expected)
     until(lambda: bool(find("ray::ServeController") - killed))
 
 
-@pytest.mark.parametrize("rounds", ROUNDS)
-def test_a_killed_proxy(
-    port: int, actors: list[Any], expected: dict[int, list[float]], rounds: int
-) -> None:
+def test_a_killed_proxy(port: int, actors: list[Any], expected: dict[int, list[float]]) -> None:
     killed: set[int] = set()
 
     def kill() -> None:
@@ -273,23 +268,21 @@ def test_a_killed_proxy(
             os.kill(proxy, signal.SIGKILL)
             killed.add(proxy)
 
-    under_load("proxy killed", actors, kill, expected, rounds, http=port)
+    under_load("proxy killed", actors, kill, expected, http=port)
 
 
-@pytest.mark.parametrize("rounds", ROUNDS)
 def test_a_replica_that_hangs(
     port: int,
     actors: list[Any],
     expected: dict[int, list[float]],
     order: Callable[[str, int], None],
-    rounds: int,
 ) -> None:
     def hang() -> None:
         until(lambda: len(stats(APP)) == 2)
         order("hang", hung := stats(APP)[0]["pid"])
         until(lambda: hung not in [replica["pid"] for replica in stats(APP)], 120)
 
-    under_load("replica hangs", actors, hang, expected, rounds)
+    under_load("replica hangs", actors, hang, expected)
 
 
 def test_a_slow_replica(
@@ -301,25 +294,23 @@ def test_a_slow_replica(
     until(lambda: len(stats(APP)) == 2)
     slow = stats(APP)[0]["pid"]
     before = {replica["pid"]: replica["computed_tokens"] for replica in stats(APP)}
-    under_load("replica five times slower", actors, lambda: order("slow", slow), expected)
+    under_load("replica five times slower", actors, lambda: order("slow", slow), expected, 1)
     work = {r["pid"]: r["computed_tokens"] - before[r["pid"]] for r in stats(APP)}
     assert work.pop(slow) < 0.6 * min(work.values()), "it is given less"
 
 
-@pytest.mark.parametrize("rounds", ROUNDS)
 def test_an_engine_that_raises_for_every_row(
     port: int,
     actors: list[Any],
     expected: dict[int, list[float]],
     order: Callable[[str, int], None],
-    rounds: int,
 ) -> None:
     def broken() -> None:
         until(lambda: len(stats(APP)) == 2)
         order("raise", raising := stats(APP)[0]["pid"])
         until(lambda: not psutil.pid_exists(raising))
 
-    under_load("engine raises", actors, broken, expected, rounds)
+    under_load("engine raises", actors, broken, expected)
 
 
 @pytest.mark.parametrize(("fault", "error"), [("refuse", RowFailed), ("nan", NonFiniteReward)])
@@ -351,7 +342,7 @@ def test_an_engine_that_fails_on_one_row(
 
     until(lambda: len(stats(APP)) == 2)
     before = {replica["pid"] for replica in stats(APP)}
-    under_load(f"engine: {fault} for a row", actors, poison, expected)
+    under_load(f"engine: {fault} for a row", actors, poison, expected, 1)
     assert {replica["pid"] for replica in stats(APP)} == before
 
 

@@ -9,6 +9,7 @@ from statistics import correlation, mean
 
 import pytest
 
+from rayrm.data import read_groups
 from rayrm.errors import ConfigError
 from rayrm.sample import (
     BANKS,
@@ -51,6 +52,14 @@ def test_same_seed_same_files_and_another_seed_others(tmp_path: Path) -> None:
     )
     assert first == again
     assert first[0] != other[0] and first[1] != other[1]
+
+
+def test_half_of_the_held_out_groups_has_every_subset(tmp_path: Path) -> None:
+    """Of which the quickstart evaluates the base model on a CPU without bf16."""
+    _, file = write_sample(tmp_path)
+    groups, _ = read_groups(str(file))
+    half = groups[: len(groups) // 2]
+    assert {group.subset for group in half} == {group.subset for group in groups}
 
 
 def test_more_groups_only_add_records(sample: tuple[list[Record], list[Record]]) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from rayrm.errors import ConfigError, DataError, ExportError, ModelError, Traini
 from rayrm.evaluate import evaluate
 from rayrm.loop import Rank, learning_rate, merge
 from rayrm.template import Row
-from rayrm.train import check_places, claim, make_trainer, run_directory
+from rayrm.train import TrainResult, check_places, claim, make_trainer, run_directory
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -71,6 +72,24 @@ def configure(base: Path, data: Path, storage: Path, **sections: dict[str, Any])
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section}
     return TrainConfig(**values)
+
+
+def prepare(config: TrainConfig) -> None:
+    """What a rank alone does before its first step, in this process: its errors, for no start."""
+    alone = SimpleNamespace(
+        get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_rank=lambda: 0
+    )
+    threads = torch.get_num_threads()
+    store = Path(config.storage, "store")
+    store.parent.mkdir(exist_ok=True)
+    dist.init_process_group("gloo", f"file://{store}", rank=0, world_size=1)
+    try:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("rayrm.loop.get_context", lambda: alone)
+            Rank(config)
+    finally:
+        dist.destroy_process_group()
+        torch.set_num_threads(threads)
 
 
 def every_stage(values: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -318,16 +337,25 @@ def test_training_learns_what_it_is_shown(base: Path, data: Path, tmp_path: Path
     assert np.mean([h["accuracy"] for h in history[:3]]) < 0.8
 
 
+@pytest.fixture(scope="module")
+def trained(
+    base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainConfig, TrainResult]:
+    """A finished run of two workers."""
+    storage = tmp_path_factory.mktemp("trained")
+    config = configure(base, data, storage, train={"eval_every": 3}, cluster={"workers": 2})
+    return config, fit(config)
+
+
 def test_trained_rewards_are_exported_and_what_is_exported_was_evaluated(
-    base: Path, data: Path, tmp_path: Path
+    data: Path, trained: tuple[TrainConfig, TrainResult]
 ) -> None:
-    config = configure(base, data, tmp_path, train={"eval_every": 3}, cluster={"workers": 2})
-    result = fit(config)
+    config, result = trained
     groups, read = read_groups(str(data))
-    assert result.report == f"{tmp_path}/run/report/report.html"
+    assert result.report == f"{config.storage}/run/report/report.html"
     page = Path(result.report).read_text()
     assert f"{data}: {read}" in page and f"<td>{result.metrics['accuracy']:.3f}</td>" in page
-    assert len([*(tmp_path / "run/report").glob("*.png")]) == page.count("data:image/png") == 7
+    assert len([*Path(result.report).parent.glob("*.png")]) == page.count("data:image/png") == 7
     model = RewardModel.load(result.export, "cpu", "float32")
     again = evaluate(model, groups)
     assert again.keys() == result.metrics.keys()
@@ -400,7 +428,7 @@ def test_held_out_pairs_without_a_winner_end_in_figures_that_are_not_there(
     with pytest.raises(
         DataError, match=r"undecided\.jsonl: no held-out pair has a winner.*keep_best"
     ):
-        fit(configure(base, undecided, tmp_path / "best", train=best))
+        prepare(configure(base, undecided, tmp_path / "best", train=best))
 
 
 def test_ids_without_an_embedding_are_found_before_training(
@@ -418,8 +446,7 @@ def test_ids_without_an_embedding_are_found_before_training(
     config = configure(longer, data, tmp_path)
     config.data.eval = [str(held_out)]
     with pytest.raises(ModelError, match=rf"token id {there}; .* embeddings for {there} tokens"):
-        fit(config)
-    assert not list((tmp_path / "run").glob("checkpoint*"))
+        prepare(config)
 
 
 def test_what_is_in_the_way_of_an_export_is_found_before_training(
@@ -439,17 +466,17 @@ def test_what_is_in_the_way_of_an_export_is_found_before_training(
 
 
 def test_a_finished_run_is_not_trained_again_and_says_so(
-    base: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    trained: tuple[TrainConfig, TrainResult], caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = configure(base, data, tmp_path, train={"epochs": 0.34})
-    first = fit(config)
+    config, first = trained
     written = (Path(first.export) / "rayrm.json").stat().st_mtime_ns
     second = fit(config)
     assert second == first
     assert (Path(first.export) / "rayrm.json").stat().st_mtime_ns == written
     assert "is finished" in caplog.text
+    other = config.train.model_copy(update={"learning_rate": 1.0})
     with pytest.raises(TrainingError, match=r"train\.learning_rate"):
-        fit(configure(base, data, tmp_path, train={"epochs": 0.34, "learning_rate": 1.0}))
+        fit(config.model_copy(update={"train": other}))
 
 
 @pytest.mark.slow
@@ -547,7 +574,7 @@ def test_a_choice_of_more_pairs_than_a_group_may_have_is_refused_with_its_number
     sections: dict[str, Any] = {"loss": {"objective": "plackett_luce"}}
     train = {"pairs_per_group": 8, "epochs": 0.1}
     with pytest.raises(DataError, match=r"best\.jsonl:2: .* 9 others.*pairs_per_group is 8.* to 9"):
-        fit(configure(base, data, tmp_path, train=train, **sections))
+        prepare(configure(base, data, tmp_path, train=train, **sections))
 
 
 def test_nan_stops_training_and_names_step_rank_and_rows(
@@ -578,7 +605,7 @@ def test_a_ranking_that_is_more_than_an_order_is_refused_and_named(
     data.write_text("".join(json.dumps(r) + "\n" for r in records))
     config = configure(base, data, tmp_path, loss={"objective": "plackett_luce"})
     with pytest.raises(DataError, match=r"soft\.jsonl:2.*label 0\.8.*plackett_luce"):
-        fit(config)
+        prepare(config)
 
 
 @pytest.mark.slow
@@ -615,7 +642,7 @@ def test_missing_data_and_models_are_typed_errors_that_say_where(
     with pytest.raises(DataError, match=r"nowhere\.jsonl"):
         fit(configure(base, tmp_path / "nowhere.jsonl", tmp_path / "a"))
     with pytest.raises(ModelError, match=r"config\.json"):
-        fit(configure(tmp_path, data, tmp_path / "b"))
+        prepare(configure(tmp_path, data, tmp_path / "b"))
 
 
 def test_learning_rates_follow_the_named_schedule() -> None:
