@@ -389,9 +389,9 @@ def test_wrong_ways_to_load_are_config_errors(tiny_export: Path) -> None:
         RewardModel.load(tiny_export, max_length=100_000)
 
 
-def test_the_dtype_is_the_exports_unless_asked(tmp_path: Path) -> None:
+def test_the_dtype_is_what_is_asked_for_and_the_head_stays_fp32(tmp_path: Path) -> None:
     export = make_export(tmp_path, dtype="bfloat16")
-    for dtype, expected in (("auto", torch.bfloat16), ("float32", torch.float32)):
+    for dtype, expected in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
         net = RewardModel.load(export, device="cpu", dtype=cast(Any, dtype)).net
         assert net.model.base_model.embed_tokens.weight.dtype == expected
         assert net.model.score.weight.dtype == torch.float32
