@@ -1,7 +1,6 @@
 """What dies, hangs or lies under load: four actors go on scoring, and get every reward, once.
 
-Each comes again and again, at other moments of a step. Faults of nodes need a cluster of several:
-test_lost_node.py.
+Run by `make faults`. Faults of nodes need a cluster of several: test_lost_node.py.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ SECONDS_PER_PACK = 0.05
 # Steps that every actor scores after a fault; a fault lasts for less.
 STEPS_AFTER = 3
 
-# How often each fault comes that a replica or a process of Serve does not outlive.
+# How often a fault comes in its test, at other moments of a step each time.
 ROUNDS = 3
 
 pytestmark = pytest.mark.faults
@@ -294,7 +293,7 @@ def test_a_slow_replica(
     until(lambda: len(stats(APP)) == 2)
     slow = stats(APP)[0]["pid"]
     before = {replica["pid"]: replica["computed_tokens"] for replica in stats(APP)}
-    under_load("replica five times slower", actors, lambda: order("slow", slow), expected, 1)
+    under_load("replica five times slower", actors, lambda: order("slow", slow), expected, rounds=1)
     work = {r["pid"]: r["computed_tokens"] - before[r["pid"]] for r in stats(APP)}
     assert work.pop(slow) < 0.6 * min(work.values()), "it is given less"
 
@@ -342,7 +341,7 @@ def test_an_engine_that_fails_on_one_row(
 
     until(lambda: len(stats(APP)) == 2)
     before = {replica["pid"] for replica in stats(APP)}
-    under_load(f"engine: {fault} for a row", actors, poison, expected, 1)
+    under_load(f"engine: {fault} for a row", actors, poison, expected, rounds=1)
     assert {replica["pid"] for replica in stats(APP)} == before
 
 

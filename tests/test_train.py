@@ -75,7 +75,7 @@ def configure(base: Path, data: Path, storage: Path, **sections: dict[str, Any])
 
 
 def prepare(config: TrainConfig) -> None:
-    """What a rank alone does before its first step, in this process: its errors, for no start."""
+    """Make a rank in this process and start no worker; its errors come before its first step."""
     alone = SimpleNamespace(
         get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_rank=lambda: 0
     )
