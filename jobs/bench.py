@@ -37,23 +37,24 @@ from ray import serve
 from transformers import AutoConfig
 
 from rayrm import RewardClient, RewardModel, ServeConfig, TrainConfig, deploy, fit
-from rayrm import serve as service
-from rayrm.callers import Ticket, this_caller
-from rayrm.chunk import Chunk
-from rayrm.chunk import Step as ChunkStep
-from rayrm.client import REPLICA
 from rayrm.config import at_home, local_path
-from rayrm.data import read_groups
-from rayrm.dataset import PreferenceData, PreferenceGroup, encode_groups
-from rayrm.engine import Rewards
-from rayrm.loop import collate_pairs, load_model
-from rayrm.loss import bradley_terry
-from rayrm.model import RewardNet, load_base, pack_tensors, save_weights
+from rayrm.data.records import read_groups
+from rayrm.data.sample import generate
+from rayrm.data.sources import open_sources
+from rayrm.model.net import RewardNet, load_base, pack_tensors, save_weights
 from rayrm.packing import Pack, TokenGroup, share_packs
-from rayrm.sample import generate
-from rayrm.serve import Replica
-from rayrm.sources import open_sources
-from rayrm.template import Row
+from rayrm.rows import Rewards, Row
+from rayrm.serving import operations as service
+from rayrm.serving.callers import this_caller
+from rayrm.serving.chunk import Chunk
+from rayrm.serving.chunk import Step as ChunkStep
+from rayrm.serving.replica import Replica
+from rayrm.serving.ticket import Ticket
+from rayrm.serving.transports.handle import REPLICA
+from rayrm.training.dataset import PreferenceData, PreferenceGroup, encode_groups
+from rayrm.training.loop import collate_pairs
+from rayrm.training.loss import bradley_terry
+from rayrm.training.setup import load_model
 
 HERE = Path(__file__).parent
 BASE = "SmolLM2-135M-Instruct"

@@ -22,9 +22,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from rayrm.config import local_path
-from rayrm.loss import Pairs, bradley_terry
-from rayrm.model import RewardNet, pack_tensors
+from rayrm.model.net import RewardNet, pack_tensors
 from rayrm.packing import Pack, TokenGroup, plan_packs
+from rayrm.training.loss import Pairs, bradley_terry
 
 Figures = dict[str, Any]
 

@@ -29,10 +29,10 @@ def main() -> None:
     parser.add_argument("--on-bad-record", default="error", choices=["error", "skip"])
     args = parser.parse_args()
     try:
-        from rayrm.data import read_groups  # only now: torch takes seconds to import
-        from rayrm.engine import RewardModel
-        from rayrm.evaluate import score
-        from rayrm.report import Evaluated, write_report
+        from rayrm.data.records import read_groups  # only now: torch takes seconds to import
+        from rayrm.evaluation.evaluate import score
+        from rayrm.evaluation.report import Evaluated, write_report
+        from rayrm.model.engine import RewardModel
 
         groups, read = read_groups(args.data, split=args.split, on_bad_record=args.on_bad_record)
         print(read)

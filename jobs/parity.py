@@ -22,12 +22,12 @@ import ray
 
 from rayrm import RewardModel, TrainConfig, fit
 from rayrm.config import at_home, local_path
-from rayrm.data import read_groups
-from rayrm.dataset import PreferenceData, Schedule, encode_groups
-from rayrm.loop import load_model
-from rayrm.model import save_weights
+from rayrm.data.records import read_groups
+from rayrm.data.sample import generate
+from rayrm.model.net import save_weights
 from rayrm.packing import TokenGroup
-from rayrm.sample import generate
+from rayrm.training.dataset import PreferenceData, Schedule, encode_groups
+from rayrm.training.setup import load_model
 
 STEPS, PAIRS = 20, 4
 LOSS_TOLERANCE, REWARD_TOLERANCE = 1e-3, 1e-2

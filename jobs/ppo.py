@@ -33,11 +33,11 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 
 from rayrm import RewardClient, Rewards, ServeConfig, deploy
 from rayrm.config import at_home, local_path
+from rayrm.data.sample import Question, questions
 from rayrm.errors import RayrmError
-from rayrm.foreign import open_model
-from rayrm.hardware import choose_dtype
-from rayrm.model import DEFAULT_BASE, DTYPES, find_model
-from rayrm.sample import Question, questions
+from rayrm.model.foreign import open_model
+from rayrm.model.hardware import choose_dtype
+from rayrm.model.net import DEFAULT_BASE, DTYPES, find_model
 
 Figures = dict[str, Any]
 Weights = dict[str, Tensor]

@@ -28,12 +28,12 @@ import torch  # noqa: E402
 from ray import serve  # noqa: E402
 
 from rayrm import RewardClient, RewardModel, ServeConfig, TrainConfig, deploy, fit  # noqa: E402
-from rayrm.data import Group, read_groups  # noqa: E402
-from rayrm.evaluate import evaluate  # noqa: E402
-from rayrm.hardware import fast_dtype, matrix_rate  # noqa: E402
-from rayrm.loop import load_model  # noqa: E402
-from rayrm.model import DTYPES, RewardNet  # noqa: E402
-from rayrm.sample import baseline_accuracy, write_sample  # noqa: E402
+from rayrm.data.records import Group, read_groups  # noqa: E402
+from rayrm.data.sample import baseline_accuracy, write_sample  # noqa: E402
+from rayrm.evaluation.evaluate import evaluate  # noqa: E402
+from rayrm.model.hardware import fast_dtype, matrix_rate  # noqa: E402
+from rayrm.model.net import DTYPES, RewardNet  # noqa: E402
+from rayrm.training.setup import load_model  # noqa: E402
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
 RUN = Path("runs/quickstart")

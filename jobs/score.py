@@ -23,7 +23,9 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     try:
         config = ServeConfig.load(args.export, overrides)
-        from rayrm.corpus import score_corpus  # only now: torch and Ray take seconds to import
+        from rayrm.serving.corpus import (
+            score_corpus,  # only now: torch and Ray take seconds to import
+        )
 
         scored = score_corpus(
             config, args.source, args.target, split=args.split, part_rows=args.part_rows

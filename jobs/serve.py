@@ -37,7 +37,8 @@ def main(arguments: list[str]) -> None:
 
     import ray
 
-    from rayrm.serve import delete, deploy, locate_export
+    from rayrm.serving.locate import locate_export
+    from rayrm.serving.operations import delete, deploy
 
     _, served = locate_export(config)
     ray.init()
@@ -67,7 +68,7 @@ def operate(verb: str, words: list[str]) -> str:
 
     import ray
 
-    from rayrm.serve import compare, delete, promote, rollback, try_out
+    from rayrm.serving.operations import compare, delete, promote, rollback, try_out
 
     ray.init()
     match verb:

@@ -21,7 +21,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         config = TrainConfig.load(args.config, overrides)
-        from rayrm.train import fit  # only now: torch and Ray take seconds to import
+        from rayrm.training.fit import fit  # only now: torch and Ray take seconds to import
 
         result = fit(config)
     except RayrmError as error:

@@ -6,23 +6,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rayrm.client import RewardClient
     from rayrm.config import ServeConfig, TrainConfig
-    from rayrm.engine import RewardModel, Rewards
-    from rayrm.serve import deploy
-    from rayrm.template import fingerprint
-    from rayrm.train import TrainResult, fit
+    from rayrm.model.engine import RewardModel
+    from rayrm.rows import Rewards
+    from rayrm.serving.client import RewardClient
+    from rayrm.serving.operations import deploy
+    from rayrm.text.fingerprints import fingerprint
+    from rayrm.training.fit import TrainResult, fit
 
 _HOME = {
-    "RewardClient": "client",
-    "RewardModel": "engine",
-    "Rewards": "engine",
+    "RewardClient": "serving.client",
+    "RewardModel": "model.engine",
+    "Rewards": "rows",
     "ServeConfig": "config",
     "TrainConfig": "config",
-    "TrainResult": "train",
-    "deploy": "serve",
-    "fingerprint": "template",
-    "fit": "train",
+    "TrainResult": "training.fit",
+    "deploy": "serving.operations",
+    "fingerprint": "text.fingerprints",
+    "fit": "training.fit",
 }
 
 __version__ = "0.1.0"

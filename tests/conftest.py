@@ -21,9 +21,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rayrm.export import Export, hash_weights, with_text_to_ids
-from rayrm.model import DTYPES, load_base, quiet, save_weights
-from rayrm.template import TemplateSpec
+from rayrm.model.export import Export, hash_weights, with_text_to_ids
+from rayrm.model.net import DTYPES, load_base, quiet, save_weights
+from rayrm.text.template import TemplateSpec
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -25,8 +25,10 @@ from ray.cluster_utils import Cluster
 from ray.train import Checkpoint
 from ray.train.v2._internal.execution.storage import StorageContext
 
-from rayrm import RewardClient, RewardModel, ServeConfig, TrainConfig, deploy, fit, loop, train
-from rayrm.loop import train_loop
+from rayrm import RewardClient, RewardModel, ServeConfig, TrainConfig, deploy, fit
+from rayrm.training import fit as train
+from rayrm.training import loop
+from rayrm.training.loop import train_loop
 from tests.conftest import make_base
 from tests.test_kill import (
     Noting,

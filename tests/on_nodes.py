@@ -20,8 +20,8 @@ from ray._private.state import actors as actor_table
 from ray.cluster_utils import Cluster
 
 from rayrm import RewardClient, RewardModel, ServeConfig
-from rayrm import serve as service
 from rayrm.errors import RowTooLong
+from rayrm.serving import operations as service
 from tests.test_faults import APP, Actor, FaultyReplica, under_load
 from tests.test_serve import texts, until
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from rayrm.rendering import Rule, Thoughts
-from rayrm.template import Template, TemplateSpec, fingerprint, set_pad_token
+from rayrm.text.chat import Rule, Thoughts
+from rayrm.text.fingerprints import fingerprint
+from rayrm.text.template import Template, TemplateSpec, set_pad_token
 from tests.tiny import byte_tokenizer
 
 # Thoughts of turns before the last question go; an answer without one gets an empty one.

@@ -28,20 +28,19 @@ from ray.serve._private.common import (
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
-from ray.serve.handle import DeploymentHandle
 
-from rayrm.autoscale import add_up
-from rayrm.callers import Caller, Ticket
-from rayrm.chunk import Chunk, Step
-from rayrm.client import Application, Sending
 from rayrm.config import OWN
-from rayrm.demand import Demand
-from rayrm.engine import Rewards
 from rayrm.errors import Overloaded
 from rayrm.packing import Ids, TokenGroup
-from rayrm.queue import Scored, TokenQueue, Values, _Place, _tokens
-from rayrm.serve import MAX_ONGOING_REQUESTS
-from rayrm.template import Row
+from rayrm.rows import Rewards, Row
+from rayrm.serving.application import MAX_ONGOING_REQUESTS
+from rayrm.serving.autoscale import add_up
+from rayrm.serving.chunk import Chunk, Step
+from rayrm.serving.demand import Demand
+from rayrm.serving.queue import Scored, TokenQueue, Values, _Place, _tokens
+from rayrm.serving.sending import Sending
+from rayrm.serving.ticket import Caller, Ticket
+from rayrm.serving.transports import Answer, Target, Transport
 
 TOKENS_PER_PACK = 8192
 MAX_QUEUE_TOKENS = 1_000_000
@@ -190,8 +189,10 @@ def to_rewards(values: Values) -> Rewards:
     return Rewards(values, [None] * n, nothing, nothing, [""] * n)
 
 
-class SimulatedHandle:
+class SimulatedHandle(Transport):
     """One caller's handle: chooses a replica as Serve's router does, and asks it."""
+
+    name = "simulated"
 
     def __init__(self, replicas: Sequence[SimulatedReplica]) -> None:
         self.router = PowerOfTwoChoicesRequestRouter(
@@ -203,8 +204,11 @@ class SimulatedHandle:
         self.router.update_replicas(cast(list[RunningReplica], list(replicas)))
         self.numbers = count()
 
-    def remote(self, chunk: Chunk, ticket: Ticket) -> asyncio.Task[dict[str, Rewards] | Overloaded]:
-        return asyncio.ensure_future(self._request(chunk, ticket))
+    async def call(self, target: Target, chunk: Chunk, ticket: Ticket) -> Answer:
+        reply = await asyncio.ensure_future(self._request(chunk, ticket))
+        if isinstance(reply, Exception):
+            raise reply
+        return Answer(reply, target.version)
 
     async def _request(self, chunk: Chunk, ticket: Ticket) -> dict[str, Rewards] | Overloaded:
         """What ray/serve/_private/router.py does around a request, rejections excepted."""
@@ -310,12 +314,12 @@ async def _simulate(
     reported: list[float] = []
 
     async def call(number: int, steps: Sequence[Sequence[Row]]) -> None:
-        handle = cast("DeploymentHandle[Any]", SimulatedHandle(replicas))
-        app = Application(handle, len(replicas), TOKENS_PER_PACK)
+        handle = SimulatedHandle(replicas)
+        target = Target(len(replicas), TOKENS_PER_PACK, "simulated")
         caller = Caller(f"caller {number}", "job", "")
 
         async def score(s: int, rows: Sequence[Row]) -> None:
-            sending = Sending(app, "simulated", f"{number}-{s}", caller, float("inf"))
+            sending = Sending(handle, target, f"{number}-{s}", caller)
             rewards = (await sending.send(Step(rows), None, None))[OWN]
             assert len(rewards) == len(rows) and not np.isnan(rewards.values).any()
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from schemathesis.generation import GenerationMode
 
-from rayrm.engine import RewardModel
+from rayrm.model.engine import RewardModel
 from tests import test_input
 from tests.test_endpoint import ask
 from tests.test_input import (

@@ -16,10 +16,11 @@ import pytest
 import ray
 from ray import serve
 
-from rayrm.client import RewardClient
 from rayrm.config import ServeConfig
-from rayrm.engine import RewardModel, Rewards, make_rows
-from rayrm.serve import deploy
+from rayrm.model.engine import RewardModel
+from rayrm.rows import Rewards, make_rows
+from rayrm.serving.client import RewardClient
+from rayrm.serving.operations import deploy
 from tests.test_serve import stats, texts
 
 APP = "soaked"

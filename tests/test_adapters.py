@@ -21,16 +21,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from rayrm import RewardClient, RewardModel, ServeConfig, TrainConfig, deploy
-from rayrm.callers import Caller, Ticket
-from rayrm.chunk import Chunk, Step
-from rayrm.client import Application, Sending
-from rayrm.engine import Rewards, make_rows
 from rayrm.errors import ConfigError, EmptyResponse, ExportError, UnknownReward
-from rayrm.export import ADAPTER, RECORD, read_adapter, read_export, read_record
-from rayrm.loop import load_model
-from rayrm.serve import build, rollback
-from rayrm.train import write_export
-from rayrm.versions import read_record as read_served
+from rayrm.model.export import ADAPTER, RECORD, read_adapter, read_export, read_record
+from rayrm.rows import Rewards, make_rows
+from rayrm.serving.application import build
+from rayrm.serving.chunk import Chunk, Step
+from rayrm.serving.operations import rollback
+from rayrm.serving.record import read_record as read_served
+from rayrm.serving.sending import Sending
+from rayrm.serving.ticket import Caller, Ticket
+from rayrm.serving.transports import Answer, Target, Transport
+from rayrm.training.fit import write_export
+from rayrm.training.setup import load_model
 from tests.conftest import make_base, samples_at
 from tests.test_serve import stats, texts, total, until
 from tests.tiny import FAMILIES, byte_tokenizer, transformers_rewards
@@ -469,28 +471,27 @@ def test_another_adapter_takes_over_and_a_step_has_one_version_of_each_reward(
     near(served.score(*ROWS, rewards=["helpful"])["helpful"], merged["helpful"])
 
 
-class Noting:
-    """Instead of a handle: notes tickets, and every reward is 0."""
+class Noting(Transport):
+    """Notes tickets, and every reward is 0."""
 
     def __init__(self) -> None:
         self.tickets: list[Ticket] = []
 
-    async def remote(self, chunk: Chunk, ticket: Ticket) -> dict[str, Rewards]:
+    async def call(self, target: Target, chunk: Chunk, ticket: Ticket) -> Answer:
         self.tickets.append(ticket)
         n = len(chunk.finished)
         no = np.zeros(n, dtype=bool)
         rewards = Rewards(np.zeros(n, np.float32), [None] * n, no, no, [""] * n)
-        return dict.fromkeys(ticket.rewards, rewards)
+        return Answer(dict.fromkeys(ticket.rewards, rewards), target.version)
 
 
 def test_a_step_of_two_rewards_is_twice_the_work_that_replicas_are_told_of() -> None:
     def told(*rewards: str) -> int:
-        handle: Any = Noting()
-        app = Application(handle, 1, 512, "pinned", rewards)
-        sending = Sending(app, "app", "step", Caller("me", "job", ""), float("inf"))
+        transport, target = Noting(), Target(1, 512, "pinned", rewards)
+        sending = Sending(transport, target, "step", Caller("me", "job", ""))
         scored = asyncio.run(sending.send(Step(make_rows(*ROWS)), None, None))
         assert list(scored) == list(rewards)
-        ticket: Ticket = handle.tickets[0]
+        ticket = transport.tickets[0]
         assert ticket.rewards == rewards and ticket.version == "pinned"
         return ticket.outstanding
 

@@ -9,8 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from rayrm import attention
-from rayrm.attention import Layout, _BlockedAttention, _masked, attend_last, shared_prefix_attention
+from rayrm.model import attention
+from rayrm.model.attention import (
+    Layout,
+    _BlockedAttention,
+    _masked,
+    attend_last,
+    shared_prefix_attention,
+)
 from rayrm.packing import Pack, TokenGroup
 from tests.tiny import random_ids
 

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from ray import serve
 
-from rayrm.autoscale import OUTSTANDING, OutstandingTokens
-from rayrm.client import RewardClient
 from rayrm.config import ServeConfig
-from rayrm.engine import RewardModel
 from rayrm.errors import ConfigError
-from rayrm.serve import Replica, deploy
+from rayrm.model.engine import RewardModel
+from rayrm.serving.autoscale import OUTSTANDING, OutstandingTokens
+from rayrm.serving.client import RewardClient
+from rayrm.serving.operations import deploy
+from rayrm.serving.replica import Replica
 from tests.test_serve import assert_same, before_each_pack, texts, until
 
 APP = "elastic"
@@ -74,7 +75,7 @@ def client(cluster: None, tiny_export: Path) -> Iterator[RewardClient]:
         },
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rayrm.serve.Replica", SlowReplica)
+        patch.setattr("rayrm.serving.application.Replica", SlowReplica)
         deploy(config)
     yield RewardClient(APP)
     serve.delete(APP)

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from rayrm.chunk import CHUNKS_PER_REPLICA, MIN_CHUNK_TOKENS, Key, Step, _cost
-from rayrm.engine import make_rows
-from rayrm.template import Row, is_ids
+from rayrm.rows import Row, is_ids, make_rows
+from rayrm.serving.chunk import CHUNKS_PER_REPLICA, MIN_CHUNK_TOKENS, Key, Step, _cost
 
 PACK = 8192
 

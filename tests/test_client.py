@@ -21,13 +21,18 @@ import ray
 from numpy.typing import NDArray
 from ray import serve
 
-from rayrm.callers import Caller, this_caller
-from rayrm.chunk import CHUNKS_PER_REPLICA
-from rayrm.client import Application, RewardClient
 from rayrm.config import ServeConfig
-from rayrm.engine import RewardModel, Rewards, make_rows
 from rayrm.errors import Overloaded, ServiceError, StepTimeout, VersionGone
-from rayrm.serve import Replica, deploy
+from rayrm.model.engine import RewardModel
+from rayrm.rows import Rewards, make_rows
+from rayrm.serving.callers import this_caller
+from rayrm.serving.chunk import CHUNKS_PER_REPLICA
+from rayrm.serving.client import RewardClient
+from rayrm.serving.operations import deploy
+from rayrm.serving.replica import Replica
+from rayrm.serving.ticket import Caller
+from rayrm.serving.transports import Target
+from rayrm.serving.transports.handle import HandleTransport
 from tests.test_serve import assert_same, before_each_pack, stats, texts, total, until
 
 APP = "waiting"
@@ -50,7 +55,7 @@ class WaitingReplica(Replica):
 @pytest.fixture(scope="module")
 def client(cluster: None, tiny_export: Path) -> Iterator[RewardClient]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rayrm.serve.Replica", WaitingReplica)
+        patch.setattr("rayrm.serving.application.Replica", WaitingReplica)
         config = {"tokens_per_pack": 512, "max_queue_tokens": LIMIT, "cache_bytes": 0}
         deploy(ServeConfig(export=str(tiny_export), dtype="float32", app=APP, **config))
     yield RewardClient(APP)
@@ -226,14 +231,14 @@ def test_a_step_whose_version_goes_is_scored_again_by_one_version(
     client: RewardClient, local: RewardModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The record was read a moment before it changed."""
-    late, ask = RewardClient(APP), RewardClient._ask
+    late, find = RewardClient(APP), HandleTransport._find
     old = ["gone@1", "gone@2"]
 
-    def ask_late(self: RewardClient, *asked: Any) -> Application:
-        found = ask(self, *asked)
+    def find_late(self: HandleTransport, *asked: Any) -> Target:
+        found = find(self, *asked)
         return replace(found, version=old.pop(0)) if old else found
 
-    monkeypatch.setattr(RewardClient, "_ask", ask_late)
+    monkeypatch.setattr(HandleTransport, "_find", find_late)
     assert_same(late.score(*texts(40, 4)), local.score(*texts(40, 4)))
     assert not old
 

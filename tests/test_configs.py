@@ -45,7 +45,7 @@ def test_a_job_uploads_the_code_and_nothing_that_was_made(tmp_path: Path) -> Non
     package = tmp_path / "package.zip"
     create_package(str(tmp_path / "here"), package, include_gitignore=False, excludes=excludes)
     names = ZipFile(package).namelist()
-    assert "rayrm/loop.py" in names
+    assert "rayrm/training/loop.py" in names
     assert not [name for name in names if "large" in name]
     create_package(str(ROOT), tmp_path / "all.zip", include_gitignore=True, excludes=excludes)
     assert (tmp_path / "all.zip").stat().st_size < 5e6, "Ray takes 100 MB at most"

@@ -22,9 +22,13 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from rayrm import corpus
 from rayrm.config import ServeConfig
-from rayrm.corpus import (
+from rayrm.data.records import read_sampled
+from rayrm.data.sources import open_sources
+from rayrm.errors import DataError, ServiceError
+from rayrm.model.engine import RewardModel
+from rayrm.serving import corpus
+from rayrm.serving.corpus import (
     Corpus,
     Part,
     Parts,
@@ -36,10 +40,6 @@ from rayrm.corpus import (
     _whole,
     score_corpus,
 )
-from rayrm.data import read_sampled
-from rayrm.engine import RewardModel
-from rayrm.errors import DataError, ServiceError
-from rayrm.sources import open_sources
 from tests.conftest import make_export
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +57,7 @@ def score(
     replicas: list[Any], tiny_export: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., ScoredCorpus]:
     """score_corpus with the tiny export, by replicas that the tests share."""
-    monkeypatch.setattr("rayrm.corpus._scorers", lambda *_: nullcontext(replicas))
+    monkeypatch.setattr("rayrm.serving.corpus._scorers", lambda *_: nullcontext(replicas))
 
     def call(source: Path, target: Path, part_rows: int = 7, **config: Any) -> ScoredCorpus:
         settings = ServeConfig(**{"export": str(tiny_export), "dtype": "float32", **config})
@@ -335,7 +335,7 @@ def test_what_a_killed_run_had_half_written_is_written_anew(
         return whole(*args)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(f"rayrm.corpus.{where}", killed)
+        patch.setattr(f"rayrm.serving.corpus.{where}", killed)
         score(source, target)
     score(source, target)
     assert [r["id"] for r in read(target)] == [*range(40)]
@@ -369,7 +369,7 @@ def test_parts_of_another_run_are_refused(
         stop_after(2, patch)
         score(source, target)
     other = make_export(tmp_path, "qwen2")
-    monkeypatch.setattr("rayrm.corpus._scorers", pytest.fail)  # before any model loads
+    monkeypatch.setattr("rayrm.serving.corpus._scorers", pytest.fail)  # before any model loads
     with pytest.raises(DataError, match=r"holds another run \(rows in a part 7, now 8\)"):
         score(source, target, part_rows=8)
     with pytest.raises(DataError, match=r"another run \(export tiny@\w+, now tiny@\w+\)"):
@@ -502,7 +502,7 @@ def test_what_cannot_work_is_refused_before_any_model_loads(
     target: str,
     message: str,
 ) -> None:
-    monkeypatch.setattr("rayrm.corpus._scorers", pytest.fail)
+    monkeypatch.setattr("rayrm.serving.corpus._scorers", pytest.fail)
     (tmp_path / "there.jsonl").touch()
     source = write(tmp_path / "in.jsonl", records)
     with pytest.raises(DataError, match=message):

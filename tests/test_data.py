@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrm.data import MESSAGE_KEYS, Group, Preference, data_fingerprint, read_groups
+from rayrm.data.records import MESSAGE_KEYS, Group, Preference, data_fingerprint, read_groups
+from rayrm.data.sources import absolute
 from rayrm.errors import DataError
-from rayrm.sources import absolute
 
 Record = dict[str, Any]
 

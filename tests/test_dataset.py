@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rayrm.data import Group, Message, Preference, Text
-from rayrm.dataset import TOLD, EncodeReport, PreferenceData, Schedule, encode_groups
+from rayrm.data.records import Group, Message, Preference, Text
 from rayrm.errors import DataError, RowError
-from rayrm.template import Row, Template, TemplateSpec, fingerprint
+from rayrm.rows import Row
+from rayrm.text.fingerprints import fingerprint
+from rayrm.text.template import Template, TemplateSpec
+from rayrm.training.dataset import TOLD, EncodeReport, PreferenceData, Schedule, encode_groups
 from tests.tiny import byte_tokenizer
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from rayrm.decoder import FAMILIES
-from rayrm.model import RewardNet, pack_tensors
+from rayrm.model.decoder import FAMILIES
+from rayrm.model.net import RewardNet, pack_tensors
 from rayrm.packing import Pack
 from tests import tiny
 from tests.tiny import random_groups, scored, tiny_model

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from ray.serve._private.common import TimeStampedValue
 
-from rayrm.autoscale import OUTSTANDING, WAITING, add_up
-from rayrm.callers import Caller, Ticket
-from rayrm.demand import HEARD_S, NAMED, Demand
 from rayrm.errors import Overloaded, VersionGone
-from rayrm.queue import PACKS_WAITING, TokenQueue
+from rayrm.serving.autoscale import OUTSTANDING, WAITING, add_up
+from rayrm.serving.demand import HEARD_S, NAMED, Demand
+from rayrm.serving.queue import PACKS_WAITING, TokenQueue
+from rayrm.serving.ticket import Caller, Ticket
 from tests.simulation import run_virtually
 
 HTTP = Caller("http 10.0.0.7", "job", "endpoint")

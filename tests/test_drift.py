@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rayrm.chunk import Step
-from rayrm.drift import RECENT, Latest
-from rayrm.template import Row
+from rayrm.rows import Row
+from rayrm.serving.chunk import Step
+from rayrm.serving.drift import RECENT, Latest
 
 
 def test_figures_by_hand() -> None:

@@ -20,15 +20,18 @@ import yaml
 from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
+from rayrm.serving.http.door import read_token
 
-from rayrm.client import REPLICA, RewardClient
 from rayrm.config import ServeConfig
-from rayrm.endpoint import _on_service_error, read_token
-from rayrm.engine import RewardModel
 from rayrm.errors import ConfigError, Overloaded, ServiceError, StepTimeout
-from rayrm.serve import build, deploy, rollback, try_out
-from rayrm.template import fingerprint
-from rayrm.versions import Served, change_record, read_record
+from rayrm.model.engine import RewardModel
+from rayrm.serving.application import build
+from rayrm.serving.client import RewardClient
+from rayrm.serving.http.failures import on_service_error
+from rayrm.serving.operations import deploy, rollback, try_out
+from rayrm.serving.record import Served, change_record, read_record
+from rayrm.serving.transports.handle import REPLICA
+from rayrm.text.fingerprints import fingerprint
 from tests.conftest import tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -401,7 +404,7 @@ def test_a_serve_config_is_one_that_serve_takes() -> None:
     schema = ServeDeploySchema.model_validate(config)
     assert schema.http_options.host == "127.0.0.1"
     (application,) = schema.applications
-    assert application.import_path == "rayrm.serve:build"
+    assert application.import_path == "rayrm.serving.application:build"
     build(application.args)
     same = yaml.safe_load((ROOT / "jobs/configs/serve-gpu.yaml").read_text())
     assert {**application.args, "app": application.name} == {
@@ -451,7 +454,7 @@ def test_whoever_is_refused_hears_when_to_come_back() -> None:
         (Overloaded("full", 1.2), 429, "2"),
         (StepTimeout("late"), 503, "5"),
     ):
-        answer = asyncio.run(_on_service_error(asked, error))
+        answer = asyncio.run(on_service_error(asked, error))
         assert (answer.status_code, answer.headers["retry-after"]) == (status, seconds)
         assert json.loads(bytes(answer.body))["message"] == str(error)
 

@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rayrm.engine import RewardModel, make_rows, plan_for_threads
 from rayrm.errors import (
     ConfigError,
     DataError,
@@ -30,8 +29,11 @@ from rayrm.errors import (
     ServiceError,
     TrainingError,
 )
+from rayrm.model.engine import RewardModel, plan_for_threads
 from rayrm.packing import TokenGroup
-from rayrm.template import Template, TemplateSpec, fingerprint, set_pad_token
+from rayrm.rows import make_rows
+from rayrm.text.fingerprints import fingerprint
+from rayrm.text.template import Template, TemplateSpec, set_pad_token
 from tests.conftest import make_export, tiny_tokenizer
 from tests.tiny import byte_tokenizer, random_groups, tiny_model
 

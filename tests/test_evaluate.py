@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rayrm.data import Group, Preference
-from rayrm.engine import RewardModel
-from rayrm.evaluate import (
+from rayrm.data.records import Group, Preference
+from rayrm.evaluation.evaluate import (
     REWARD_BENCH,
     ScoredGroup,
     calibration_error,
@@ -20,6 +19,7 @@ from rayrm.evaluate import (
     interval,
     summarize,
 )
+from rayrm.model.engine import RewardModel
 
 NAN = float("nan")
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rayrm.engine import RewardModel
 from rayrm.errors import ExportError
-from rayrm.export import (
+from rayrm.model.engine import RewardModel
+from rayrm.model.export import (
     FORMAT_VERSION,
     RECORD,
     Export,
@@ -22,7 +22,7 @@ from rayrm.export import (
     read_export,
     write_model_card,
 )
-from rayrm.template import TemplateSpec
+from rayrm.text.template import TemplateSpec
 from tests.conftest import make_export
 
 

@@ -22,13 +22,15 @@ import pytest
 import ray
 from ray import serve
 
-from rayrm.client import RewardClient
 from rayrm.config import ServeConfig
-from rayrm.engine import RewardModel, Rewards
 from rayrm.errors import NonFiniteReward, RowError, RowFailed
+from rayrm.model.engine import RewardModel
 from rayrm.packing import TokenGroup
-from rayrm.queue import Values
-from rayrm.serve import Replica, deploy
+from rayrm.rows import Rewards
+from rayrm.serving.client import RewardClient
+from rayrm.serving.operations import deploy
+from rayrm.serving.queue import Values
+from rayrm.serving.replica import Replica
 from tests.test_endpoint import ask, rows
 from tests.test_serve import stats, texts, until
 
@@ -169,7 +171,7 @@ def port(cluster: None, tiny_export: Path) -> Iterator[int]:
         http={"enabled": True, "port": port},
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rayrm.serve.Replica", FaultyReplica)
+        patch.setattr("rayrm.serving.application.Replica", FaultyReplica)
         deploy(config)
     yield port
     serve.shutdown()

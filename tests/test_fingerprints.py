@@ -16,14 +16,16 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from rayrm.data import Group, Preference
-from rayrm.dataset import encode_groups
-from rayrm.engine import RewardModel
+from rayrm.data.records import Group, Preference
 from rayrm.errors import ExportError
-from rayrm.export import RECORD, Export, load_template, read_export, read_identity
-from rayrm.fingerprints import fingerprint_of_text, fingerprint_text
-from rayrm.model import load_base
-from rayrm.template import Row, Template, TemplateSpec, fingerprint
+from rayrm.model.engine import RewardModel
+from rayrm.model.export import RECORD, Export, load_template, read_export, read_identity
+from rayrm.model.net import load_base
+from rayrm.rows import Row
+from rayrm.serving.http.openrlhf import sampled_row
+from rayrm.text.fingerprints import fingerprint, fingerprint_of_text, fingerprint_text
+from rayrm.text.template import Template, TemplateSpec
+from rayrm.training.dataset import encode_groups
 from tests.conftest import CHATML, tiny_tokenizer
 
 AT = datetime(2026, 11, 6)
@@ -295,4 +297,4 @@ def test_an_old_export_takes_the_usual_ends_for_ends(tiny_export: Path, tmp_path
     directory, export = read_export(old)
     template = load_template(directory, export)
     template.tokenizer.chat_template += "{% if add_generation_prompt %}<|im_start|>a\n{% endif %}"
-    assert template.sampled_row("q", "Paris.<|endoftext|>") == Row("q", "Paris.", True)
+    assert sampled_row(template, "q", "Paris.<|endoftext|>") == Row("q", "Paris.", True)

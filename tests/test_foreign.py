@@ -26,9 +26,9 @@ from transformers import (
 
 from rayrm import RewardClient, RewardModel, ServeConfig, deploy
 from rayrm.errors import ConfigError, ExportError, ModelError
-from rayrm.foreign import open_model, pinned
-from rayrm.model import check_max_length, load_config, quiet
-from rayrm.template import Row
+from rayrm.model.foreign import open_model, pinned
+from rayrm.model.net import check_max_length, load_config, quiet
+from rayrm.rows import Row
 from tests.conftest import CHATML, tiny_tokenizer
 from tests.tiny import FAMILIES
 

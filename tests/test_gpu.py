@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rayrm.attention import Layout, _masked, _varlen
+from rayrm.model.attention import Layout, _masked, _varlen
 from rayrm.packing import Pack
 from tests.tiny import random_groups
 

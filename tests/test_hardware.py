@@ -15,15 +15,17 @@ import pytest
 import torch
 from ray.train.v2.api.result import Result
 
-from rayrm import hardware, versions
 from rayrm.config import ServeConfig, TrainConfig
-from rayrm.corpus import Corpus, Parts
-from rayrm.engine import RewardModel
 from rayrm.errors import DataError, TrainingError
-from rayrm.hardware import bf16_speedup, choose_dtype, cpu_has_bf16, fast_dtype
-from rayrm.run import with_dtype, write_config
-from rayrm.train import claim, make_trainer, run_directory
-from rayrm.versions import decide_dtype, delete_record
+from rayrm.model import hardware
+from rayrm.model.engine import RewardModel
+from rayrm.model.hardware import bf16_speedup, choose_dtype, cpu_has_bf16, fast_dtype
+from rayrm.serving import versions
+from rayrm.serving.corpus import Corpus, Parts
+from rayrm.serving.record import delete_record
+from rayrm.serving.versions import decide_dtype
+from rayrm.training.fit import claim, make_trainer, run_directory
+from rayrm.training.run import with_dtype, write_config
 from tests.conftest import make_export
 from tests.test_train import configure, data
 
@@ -193,7 +195,7 @@ def rank_dtypes(values: dict[str, Any]) -> list[str]:
     import torch.distributed as dist
     from ray.train import get_context
 
-    from rayrm.loop import decide_dtype
+    from rayrm.training.setup import decide_dtype
 
     config = decide_dtype(TrainConfig(**values), get_context().get_world_rank())
     everyone = [""] * 2
@@ -225,9 +227,9 @@ def test_a_corpus_goes_on_in_what_its_first_start_decided(
         named = config.model_copy(update={"dtype": dtype})
         return parts.claim(corpus.fingerprint, named).dtype
 
-    monkeypatch.setattr("rayrm.corpus._decide_dtype", lambda _: "float32")
+    monkeypatch.setattr("rayrm.serving.corpus._decide_dtype", lambda _: "float32")
     assert claimed("auto") == "float32"
-    monkeypatch.setattr("rayrm.corpus._decide_dtype", pytest.fail)
+    monkeypatch.setattr("rayrm.serving.corpus._decide_dtype", pytest.fail)
     assert claimed("auto") == claimed("float32") == "float32"
     with pytest.raises(DataError, match="dtype float32, now bfloat16"):
         claimed("bfloat16")

@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from ray import serve
 from ray.exceptions import RayActorError
+from rayrm.serving.http.door import Door
 from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import (
@@ -34,13 +35,14 @@ from schemathesis.specs.openapi.checks import (
 )
 from starlette.types import Message, Receive, Scope, Send
 
-from rayrm.client import RewardClient
 from rayrm.config import ServeConfig
-from rayrm.endpoint import REFUSALS, Door, Endpoint
-from rayrm.engine import RewardModel, Rewards
 from rayrm.errors import RowError, ServiceError
-from rayrm.serve import deploy
-from rayrm.template import fingerprint
+from rayrm.model.engine import RewardModel
+from rayrm.rows import Rewards
+from rayrm.serving.client import RewardClient
+from rayrm.serving.http.endpoint import REFUSALS, Endpoint
+from rayrm.serving.operations import deploy
+from rayrm.text.fingerprints import fingerprint
 from tests.conftest import tiny_tokenizer
 from tests.test_endpoint import ask, rendered, rows
 

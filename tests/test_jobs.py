@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rayrm.hardware import fast_dtype
+from rayrm.model.hardware import fast_dtype
 from tests.conftest import make_export
 
 ROOT = Path(__file__).parent.parent

@@ -15,17 +15,17 @@ import pytest
 from ray import serve
 from transformers import AutoTokenizer
 
-from rayrm.chunk import Step
-from rayrm.client import RewardClient
 from rayrm.config import ServeConfig
-from rayrm.data import MESSAGE_KEYS, read_groups
-from rayrm.dataset import encode_groups
-from rayrm.engine import RewardModel, make_rows
+from rayrm.data.records import MESSAGE_KEYS, read_groups
 from rayrm.errors import InvalidRow
-from rayrm.evaluate import score
-from rayrm.export import RECORD, Export, with_text_to_ids
-from rayrm.serve import deploy
-from rayrm.template import Row
+from rayrm.evaluation.evaluate import score
+from rayrm.model.engine import RewardModel
+from rayrm.model.export import RECORD, Export, with_text_to_ids
+from rayrm.rows import Row, make_rows
+from rayrm.serving.chunk import Step
+from rayrm.serving.client import RewardClient
+from rayrm.serving.operations import deploy
+from rayrm.training.dataset import encode_groups
 from tests.conftest import make_export
 
 # Writes all that a message may hold, and tools.

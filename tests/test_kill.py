@@ -31,13 +31,15 @@ from ray.train import (
 from ray.train.v2._internal.execution.storage import StorageContext
 from torch import Tensor
 
-from rayrm import TrainConfig, fit, loop, train
+from rayrm import TrainConfig, fit
 from rayrm.errors import TrainingError
-from rayrm.export import publish, read_export
-from rayrm.loop import Rank, train_loop
+from rayrm.model.export import publish, read_export
 from rayrm.packing import TokenGroup
-from rayrm.progress import shown
-from rayrm.train import TrainResult, claim, export_run, run_directory
+from rayrm.training import fit as train
+from rayrm.training import loop
+from rayrm.training.fit import TrainResult, claim, export_run, run_directory
+from rayrm.training.loop import Rank, train_loop
+from rayrm.training.progress import shown
 from tests.conftest import make_base
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -229,7 +231,7 @@ def test_ray_train_resumes_killed_workers_and_ends_with_the_same_weights(
     """Under ZeRO 2; the test of a driver that is killed has ZeRO 3."""
     sections = {"deepspeed": {"zero_stage": 2}, "cluster": {"workers": 2, "retries": 2}}
     whole = fit(configure(base, data, tmp_path / "whole", **sections))
-    monkeypatch.setattr("rayrm.train.train_loop", dies)
+    monkeypatch.setattr("rayrm.training.fit.train_loop", dies)
     resumed = fit(configure(base, data, tmp_path, **sections))
     assert curve(resumed) == curve(whole)
     assert weights(resumed) == weights(whole)
@@ -261,7 +263,7 @@ def test_fit_in_another_process_resumes_and_ends_with_the_same_weights(
     own, own_base = Path(shutil.copy(data, tmp_path)), shutil.copytree(base, tmp_path / "base")
     config = configure(own_base, own, tmp_path, **sections)
     with monkeypatch.context() as patched:
-        patched.setattr("rayrm.train.train_loop", dies)
+        patched.setattr("rayrm.training.fit.train_loop", dies)
         with pytest.raises(TrainingError, match="died"):
             fit(config)
     write_pairs(own, seed=1)
@@ -281,8 +283,8 @@ def test_fit_in_another_process_resumes_and_ends_with_the_same_weights(
         driver.kill()
         driver.wait()
     with monkeypatch.context() as patched:
-        patched.setattr("rayrm.train.train_loop", dies)
-        patched.setattr("rayrm.train.export_run", export_dies)
+        patched.setattr("rayrm.training.fit.train_loop", dies)
+        patched.setattr("rayrm.training.fit.export_run", export_dies)
         resumed = fit(config)
     assert (tmp_path / "notes/export").exists()
     assert curve(resumed) == curve(whole)
@@ -334,7 +336,7 @@ def test_what_a_kill_left_half_uploaded_does_not_get_into_a_later_checkpoint(
 ) -> None:
     only_last = {"epochs": 8 / 3, "checkpoint_every": 0}
     with monkeypatch.context() as patched:
-        patched.setattr("rayrm.train.train_loop", dies)
+        patched.setattr("rayrm.training.fit.train_loop", dies)
         (tmp_path / "notes").mkdir()
         (tmp_path / "notes/step 5").touch()
         with pytest.raises(TrainingError, match="died"):

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from rayrm.errors import RowFailed
-from rayrm.known import ENTRY_BYTES, KnownRewards
 from rayrm.packing import TokenGroup
-from rayrm.queue import Scored
+from rayrm.serving.known import ENTRY_BYTES, KnownRewards
+from rayrm.serving.queue import Scored
 
 
 class Adding:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from rayrm.checkpoint import load_trained
 from rayrm.config import LoraSection, TrainConfig
 from rayrm.errors import ConfigError, TrainingError
-from rayrm.loop import load_model
-from rayrm.lora import add_adapters, check_frozen, hash_frozen, merge_adapters
-from rayrm.model import RewardNet
+from rayrm.model.net import RewardNet
+from rayrm.training.checkpoint import load_trained
+from rayrm.training.lora import add_adapters, check_frozen, hash_frozen, merge_adapters
+from rayrm.training.setup import load_model
 from tests.conftest import make_base
 from tests.tiny import FAMILIES, gradients, random_groups, scored, tiny_model
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from rayrm.loss import Pairs, bradley_terry, plackett_luce
 from rayrm.packing import TokenGroup
+from rayrm.training.loss import Pairs, bradley_terry, plackett_luce
 from tests.tiny import furthest, random_groups, scored, tiny_model
 
 

@@ -20,14 +20,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from rayrm import RewardModel, TrainConfig, fit
-from rayrm.checkpoint import consolidate, save_shards
-from rayrm.data import read_groups
+from rayrm.data.records import read_groups
 from rayrm.errors import TrainingError
-from rayrm.evaluate import evaluate, score
-from rayrm.export import read_export
-from rayrm.loop import Rank, merge
+from rayrm.evaluation.evaluate import evaluate, score
+from rayrm.model.export import read_export
 from rayrm.packing import TokenGroup
-from rayrm.train import export_run, make_trainer, run_directory
+from rayrm.training.checkpoint import consolidate, save_shards
+from rayrm.training.fit import export_run, make_trainer, run_directory
+from rayrm.training.loop import Rank
+from rayrm.training.setup import merge
 from tests.tiny import transformers_rewards
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -102,7 +103,7 @@ def resume(config: TrainConfig, directory: str) -> Rank:
     """A rank that finds a checkpoint in the directory, as if Ray Train had told it of one."""
     with pytest.MonkeyPatch.context() as patched:
         checkpoint = Checkpoint.from_directory(directory)
-        patched.setattr("rayrm.loop.get_checkpoint", lambda: checkpoint)
+        patched.setattr("rayrm.training.loop.get_checkpoint", lambda: checkpoint)
         return Rank(config)
 
 

@@ -19,12 +19,14 @@ from ray.train.v2.api.result import Result
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rayrm import RewardClient, ServeConfig, TrainConfig, deploy
-from rayrm.engine import RewardModel, make_rows
 from rayrm.errors import ConfigError
-from rayrm.export import read_export
-from rayrm.loop import Rank
-from rayrm.metrics import EVALUATION, STEP, ServeMetrics, TrainMetrics
-from rayrm.train import make_trainer, run_directory
+from rayrm.model.engine import RewardModel
+from rayrm.model.export import read_export
+from rayrm.rows import make_rows
+from rayrm.serving.metrics import ServeMetrics
+from rayrm.training.fit import make_trainer, run_directory
+from rayrm.training.loop import Rank
+from rayrm.training.metrics import EVALUATION, STEP, TrainMetrics
 from tests.conftest import make_base, samples_at
 from tests.test_serve import until
 

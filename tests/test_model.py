@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from rayrm.errors import ConfigError, ModelError
-from rayrm.model import (
+from rayrm.model.net import (
     BACKBONES,
     RewardNet,
     check_max_length,

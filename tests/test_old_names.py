@@ -11,11 +11,12 @@ import pytest
 from ray.experimental.internal_kv import _internal_kv_put
 
 from rayrm.config import ServeConfig
-from rayrm.corpus import Corpus, Parts
-from rayrm.engine import RewardModel
 from rayrm.errors import DataError, ExportError
-from rayrm.export import Export, read_export
-from rayrm.versions import BEFORE, Models, Record, Served, delete_record, read_record
+from rayrm.model.engine import RewardModel
+from rayrm.model.export import Export, read_export
+from rayrm.serving.corpus import Corpus, Parts
+from rayrm.serving.record import BEFORE, Record, Served, delete_record, read_record
+from rayrm.serving.versions import Models
 from tests.tiny import write_lines
 
 

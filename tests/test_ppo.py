@@ -30,9 +30,10 @@ from jobs.ppo import (
     train,
 )
 from rayrm.config import ServeConfig
-from rayrm.engine import RewardModel, Rewards
-from rayrm.sample import questions
-from rayrm.serve import deploy
+from rayrm.data.sample import questions
+from rayrm.model.engine import RewardModel
+from rayrm.rows import Rewards
+from rayrm.serving.operations import deploy
 from tests.test_serve import stats, until
 
 APP = "ppo"

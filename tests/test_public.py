@@ -58,7 +58,8 @@ def test_configs_load_nothing_heavy() -> None:
 
 
 def test_scoring_in_one_process_needs_neither_ray_nor_deepspeed_nor_pictures() -> None:
-    loaded = loaded_by("from rayrm import RewardModel; import rayrm.evaluate, rayrm.export")
+    modules = "rayrm.evaluation.evaluate, rayrm.model.export"
+    loaded = loaded_by(f"from rayrm import RewardModel; import {modules}")
     assert not loaded & {"ray", "deepspeed", "matplotlib"}
 
 

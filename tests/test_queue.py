@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rayrm.engine import RewardModel, make_rows
 from rayrm.errors import Overloaded, RowFailed
+from rayrm.model.engine import RewardModel
 from rayrm.packing import TokenGroup
-from rayrm.queue import (
+from rayrm.rows import make_rows
+from rayrm.serving.queue import (
     GATHER_S,
     PACKS_WAITING,
     ModelBroken,

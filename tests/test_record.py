@@ -10,12 +10,12 @@ import pytest
 import ray
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_list, _internal_kv_put
 
-from rayrm import versions
-from rayrm.callers import this_caller
 from rayrm.config import ServeConfig
 from rayrm.errors import ServiceError
-from rayrm.serve import switched
-from rayrm.versions import (
+from rayrm.serving import versions
+from rayrm.serving.callers import this_caller
+from rayrm.serving.operations import switched
+from rayrm.serving.record import (
     BEFORE,
     FORMAT,
     KEPT,

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from transformers.utils import chat_template_utils
 
-from rayrm.clock import reads_clock, stop_clock
 from rayrm.errors import EmptyResponse, InvalidRow, ModelError, RowError
-from rayrm.rendering import ChatTemplate, Rule
-from rayrm.template import Row, Template, TemplateSpec
+from rayrm.rows import Row
+from rayrm.serving.http.openrlhf import sampled_row
+from rayrm.text.chat import ChatTemplate, Rule
+from rayrm.text.clock import reads_clock, stop_clock
+from rayrm.text.template import Template, TemplateSpec
 from tests.conftest import CHATML, tiny_tokenizer
 from tests.shapes import SHAPES
 
@@ -285,13 +287,13 @@ def test_a_sampled_response_is_scored_as_it_was_sampled() -> None:
     for rule in RULES:
         template = SHAPES["qwen3"].template_of(rule)
         prompt = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
-        row = template.sampled_row(prompt, "<think>\nLet me see, 2")
+        row = sampled_row(template, prompt, "<think>\nLet me see, 2")
         assert text(template, row) == prompt + "<think>\nLet me see, 2" and not row.finished
         for sampled in ("4", "<think>\nTwo.\n</think>\n\n4", "Two\n</think>\n4"):
-            row = template.sampled_row(prompt, sampled + "<|im_end|>")
+            row = sampled_row(template, prompt, sampled + "<|im_end|>")
             assert text(template, row) == text(template, Row("2+2?", sampled)) and row.finished
     r1 = SHAPES["deepseek r1"].template_of("continue")
-    row = r1.sampled_row("<begin><User>2+2?<Assistant><think>\n", "two\n</think>4<end>")
+    row = sampled_row(r1, "<begin><User>2+2?<Assistant><think>\n", "two\n</think>4<end>")
     assert text(r1, row) == text(r1, Row("2+2?", "<think>\ntwo\n</think>4"))
 
 
@@ -321,7 +323,7 @@ def test_pads_and_other_ends_of_a_sampled_text_are_not_of_it(
     template = SHAPES["qwen3"].template_of(rule, ends=("<|endoftext|>",))
     assert template.tokenizer.pad_token == "<|endoftext|>"
     for prompt in (QWEN_PROMPT, "q"):
-        row = template.sampled_row(left + prompt, f"Paris.{right}")
+        row = sampled_row(template, left + prompt, f"Paris.{right}")
         assert row.finished == finished
         assert text(template, row) == text(template, Row("q", "Paris.", finished))
 
@@ -335,7 +337,7 @@ def test_a_pad_that_ends_nothing_does_not_finish_a_response() -> None:
         ("<eos>", True),
         ("<eos><pad>", True),
     ):
-        row = template.sampled_row("<pad><pad>" + prompt, "Paris." + right)
+        row = sampled_row(template, "<pad><pad>" + prompt, "Paris." + right)
         assert row.finished == finished
         assert text(template, row) == text(template, Row("q", "Paris.", finished))
 

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from matplotlib.lines import Line2D
 
-from rayrm import pictures
-from rayrm.data import Group, Preference, Text, read_groups
-from rayrm.evaluate import Bin, Judged, ScoredGroup, equal_bins, interval, signed_bins
-from rayrm.report import PAGE, Evaluated, block_of_text, number, worst, write_report
+from rayrm.data.records import Group, Preference, Text, read_groups
+from rayrm.evaluation import pictures
+from rayrm.evaluation.evaluate import Bin, Judged, ScoredGroup, equal_bins, interval, signed_bins
+from rayrm.evaluation.report import PAGE, Evaluated, block_of_text, number, worst, write_report
 
 WORDS = ["red", "blue", "green", "black", "white", "pink", "grey"]
 HISTORY = [

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from rayrm import run, train
 from rayrm.config import TrainConfig
 from rayrm.errors import TrainingError
-from rayrm.train import claim
+from rayrm.training import fit as train
+from rayrm.training import run
+from rayrm.training.fit import claim
 
 
 def config(**data: object) -> TrainConfig:

@@ -9,9 +9,8 @@ from statistics import correlation, mean
 
 import pytest
 
-from rayrm.data import read_groups
-from rayrm.errors import ConfigError
-from rayrm.sample import (
+from rayrm.data.records import read_groups
+from rayrm.data.sample import (
     BANKS,
     FORMATS,
     FRAMES,
@@ -27,6 +26,7 @@ from rayrm.sample import (
     split_facts,
     write_sample,
 )
+from rayrm.errors import ConfigError
 
 TRAIN_GROUPS, TEST_GROUPS = 1280, 240
 

@@ -21,9 +21,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayActorError
 
-from rayrm.client import RewardClient
 from rayrm.config import ServeConfig
-from rayrm.engine import RewardModel, Rewards
 from rayrm.errors import (
     ConfigError,
     EmptyResponse,
@@ -34,10 +32,14 @@ from rayrm.errors import (
     ServiceError,
     StepTimeout,
 )
+from rayrm.model.engine import RewardModel
 from rayrm.packing import TokenGroup
-from rayrm.queue import Values
-from rayrm.serve import Replica, deploy
-from rayrm.template import fingerprint
+from rayrm.rows import Rewards
+from rayrm.serving.client import RewardClient
+from rayrm.serving.operations import deploy
+from rayrm.serving.queue import Values
+from rayrm.serving.replica import Replica
+from rayrm.text.fingerprints import fingerprint
 from tests.conftest import tiny_tokenizer
 
 SECONDS_PER_PACK = 0.2
@@ -104,7 +106,7 @@ def fragile(cluster: None, tiny_export: Path) -> Iterator[RewardClient]:
         hang_timeout_s=4,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rayrm.serve.Replica", FragileReplica)
+        patch.setattr("rayrm.serving.application.Replica", FragileReplica)
         deploy(config)
     yield RewardClient(FRAGILE, timeout_s=60)
     serve.delete(FRAGILE)
@@ -234,7 +236,7 @@ def test_an_actor_of_another_job_and_namespace_can_call(
     script = """
         import pickle, sys
         import ray
-        from rayrm.client import RewardClient
+        from rayrm.serving.client import RewardClient
 
         @ray.remote(num_cpus=0)
         class Worker:
@@ -275,7 +277,7 @@ def test_replicas_that_cannot_start_say_why(cluster: None, tiny_export: Path) ->
             raise ExportError("not on this node")
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ServiceError, match="not on this"):
-        patch.setattr("rayrm.serve.Replica", Broken)
+        patch.setattr("rayrm.serving.application.Replica", Broken)
         deploy(ServeConfig(export=str(tiny_export), dtype="float32", app="broken"))
     serve.delete("broken")
 
@@ -370,7 +372,7 @@ def until(condition: Callable[[], bool], seconds: float = 300) -> None:
 
 def test_serving_loads_no_deepspeed() -> None:
     script = (
-        "import sys, rayrm.client, rayrm.serve, rayrm.engine;"
-        "assert not {'deepspeed', 'rayrm.train', 'rayrm.checkpoint'} & set(sys.modules)"
+        "import sys, rayrm.serving.client, rayrm.serving.operations, rayrm.model.engine;"
+        "assert not {'deepspeed', 'rayrm.training'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], check=True)

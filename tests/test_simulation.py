@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from rayrm.chunk import Step
-from rayrm.template import Row
+from rayrm.rows import Row
+from rayrm.serving.chunk import Step
 from tests.simulation import (
     RESPONSES_PER_PROMPT,
     TOKENS_PER_PACK,

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rayrm.config import TrainConfig
-from rayrm.dataset import PreferenceGroup, Schedule
 from rayrm.errors import TrainingError
-from rayrm.evaluate import summarize
-from rayrm.loop import Rank, scored_group
-from rayrm.model import RewardNet
+from rayrm.evaluation.evaluate import summarize
+from rayrm.model.net import RewardNet
 from rayrm.packing import TokenGroup
+from rayrm.training.dataset import PreferenceGroup, Schedule
+from rayrm.training.loop import Rank, scored_group
 from tests.tiny import furthest, random_ids, tiny_model
 
 WHOLE = 100_000

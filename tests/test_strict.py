@@ -14,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 from ray import serve
 
-from rayrm.client import RewardClient
 from rayrm.config import ServeConfig
-from rayrm.engine import RewardModel, make_rows
+from rayrm.model.engine import RewardModel
 from rayrm.packing import Ids, TokenGroup
-from rayrm.serve import deploy
+from rayrm.rows import make_rows
+from rayrm.serving.client import RewardClient
+from rayrm.serving.operations import deploy
 from tests.conftest import make_export
 
 PROMPTS = ["Hi", "What is the capital of France?", "Why? " * 20]

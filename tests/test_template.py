@@ -26,18 +26,12 @@ from rayrm.errors import (
     RowTooLong,
 )
 from rayrm.packing import Ids
-from rayrm.template import (
-    COMPOSED,
-    Row,
-    Template,
-    TemplateSpec,
-    fingerprint,
-    is_ids,
-    prompt_key,
-    set_pad_token,
-)
-from tests.conftest import CHATML, tiny_tokenizer
-from tests.tiny import byte_tokenizer
+from rayrm.rows import Row, is_ids, prompt_key
+from rayrm.serving.http.openrlhf import sampled_row
+from rayrm.text.fingerprints import fingerprint
+from rayrm.text.template import COMPOSED, Template, TemplateSpec, set_pad_token
+from tests.conftest import CHATML, tinytokenizer
+from tests.tiny import bytetokenizer
 
 LLAMA2 = """{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}\
 {{ raise_exception('roles must alternate user/assistant') }}{% endif %}\
@@ -136,7 +130,7 @@ def template(
 ) -> Template:
     special, jinja, eos, bos, _, _ = STYLES[style]
     named = {"eos_token": eos} | ({"bos_token": bos} if bos else {})
-    tokenizer = byte_tokenizer(special, template=jinja, adds_bos=bos is not None, **named)
+    tokenizer = bytetokenizer(special, template=jinja, adds_bos=bos is not None, **named)
     spec = TemplateSpec(format, "\n", max_length, fingerprint(tokenizer))
     set_pad_token(tokenizer)
     return Template(tokenizer, spec)
@@ -146,7 +140,7 @@ def text_template(
     adds_bos: bool = False, separator: str = "\n", max_length: int = 1000
 ) -> Template:
     """A base model's tokenizer, which has no chat template."""
-    tokenizer = byte_tokenizer(
+    tokenizer = bytetokenizer(
         ["<unk>", "<s>", "</s>"], bos_token="<s>", eos_token="</s>", adds_bos=adds_bos
     )
     return Template(tokenizer, TemplateSpec("text", separator, max_length, fingerprint(tokenizer)))
@@ -313,17 +307,17 @@ def test_a_sampled_text_is_the_row_of_its_prompt_and_response(style: str, form: 
     chat = template(style)
     end = STYLES[style][5]
     for kept in (end, end.split("\n")[0]):
-        row = chat.sampled_row(form(chat, "Hi"), "Paris" + kept)
+        row = sampled_row(chat, form(chat, "Hi"), "Paris" + kept)
         assert np.array_equal(encode(chat, *row), encode(chat, "Hi", "Paris"))
         assert row.finished
-    row = chat.sampled_row(form(chat, "Hi"), "Paris")
+    row = sampled_row(chat, form(chat, "Hi"), "Paris")
     assert np.array_equal(encode(chat, *row), encode(chat, "Hi", "Paris", finished=False))
     assert not row.finished
-    rows = [chat.sampled_row(form(chat, "Hi"), response) for response in ("Paris", "Rome")]
+    rows = [sampled_row(chat, form(chat, "Hi"), response) for response in ("Paris", "Rome")]
     assert prompt_key(rows[0].prompt) == prompt_key(rows[1].prompt)
     if form is rendered:
         with pytest.raises(EmptyResponse):
-            chat.sampled_row(form(chat, "Hi"), end)
+            sampled_row(chat, form(chat, "Hi"), end)
 
 
 def test_a_sampled_answer_is_written_as_the_template_writes_answers() -> None:
@@ -345,7 +339,7 @@ def test_a_sampled_answer_is_written_as_the_template_writes_answers() -> None:
         ("<think></think>", "Paris"),
         ("Well", ", Paris"),
     ):
-        row = chat.sampled_row(prompt + start, sampled + "<|im_end|>")
+        row = sampled_row(chat, prompt + start, sampled + "<|im_end|>")
         assert np.array_equal(encode(chat, *row), encode(chat, "Hi", start + sampled))
 
 
@@ -353,15 +347,15 @@ def test_a_prompt_of_another_template_is_refused() -> None:
     for style, others in (("qwen", STYLES.keys()), ("mistral", ["qwen", "llama3", "gemma"])):
         for other in set(others) - {"qwen", "chatml", "no special token", style}:
             with pytest.raises(InvalidRow, match="rendered by another template"):
-                template(style).sampled_row(rendered(template(other), "Hi"), "Paris")
+                sampled_row(template(style), rendered(template(other), "Hi"), "Paris")
     with pytest.raises(InvalidRow, match="cannot be told from a plain one"):
-        template("no special token").sampled_row("Hi", "Paris")
+        sampled_row(template("no special token"), "Hi", "Paris")
 
 
 def test_a_sampled_text_ends_in_eos_where_there_is_no_chat_template() -> None:
     rows = text_template()
-    assert rows.sampled_row("Hi", "Paris</s>") == Row("Hi", "Paris", True)
-    assert rows.sampled_row("Hi", "Paris") == Row("Hi", "Paris", False)
+    assert sampled_row(rows, "Hi", "Paris</s>") == Row("Hi", "Paris", True)
+    assert sampled_row(rows, "Hi", "Paris") == Row("Hi", "Paris", False)
 
 
 def test_a_template_that_refuses_one_conversation_fails_that_row_alone() -> None:
@@ -699,14 +693,14 @@ def test_a_response_of_several_messages_is_not_cut() -> None:
 def test_a_text_that_cannot_fit_never_reaches_the_tokenizer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tokenize = Template._tokenize
+    tokenize = Template.tokenize
     seen: list[int] = []
 
     def counting(self: Template, texts: list[str]) -> list[list[int]]:
         seen.extend(map(len, texts))
         return tokenize(self, texts)
 
-    monkeypatch.setattr(Template, "_tokenize", counting)
+    monkeypatch.setattr(Template, "tokenize", counting)
     long = "ab " * 1_000_000
     opening = template("chatml").chat.opening
     for rows in (template("chatml"), text_template()):
@@ -718,7 +712,7 @@ def test_a_text_that_cannot_fit_never_reaches_the_tokenizer(
         assert [isinstance(ids, RowError) for ids in results] == [False, True, False]
     for prompt, sampled in ((long + opening, "Paris"), (f"Hi{opening} {long}", "Paris")):
         with pytest.raises(RowTooLong):
-            template("chatml").sampled_row(prompt, sampled)
+            sampled_row(template("chatml"), prompt, sampled)
     assert max(seen) < 1000
 
 
@@ -739,8 +733,8 @@ def test_the_longest_text_that_is_tokenised_can_be_cut() -> None:
 def test_no_tokens_hold_more_characters_than_that() -> None:
     """Also where a normalizer composes them: U+1F82 is four, and none is more."""
     assert max(len(normalize("NFD", chr(c))) for c in range(sys.maxunicode + 1)) == COMPOSED
-    tokenizer = tiny_tokenizer()
-    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    tokenizer = tinytokenizer()
+    tokenizer.backendtokenizer.normalizer = normalizers.NFC()
     tokenizer.add_tokens(["\u1f82" * 30, "long"])
     rows = Template(tokenizer, TemplateSpec("chat", "\n", 50, ""))
     pieces = [normalize("NFD", "\u1f82" * 30), " " * 30, "<|im_start|>", *tokenizer.get_vocab()]
@@ -751,7 +745,7 @@ def test_no_tokens_hold_more_characters_than_that() -> None:
         row = Row(f"a{text}", "x")
         (ids,), (characters,) = rows.encode([row]), map(len, rows._texts(row))
         assert isinstance(ids, RowTooLong) == (characters > rows.most_characters)
-        tokens = len(rows._tokenize([text])[0])
+        tokens = len(rows.tokenize([text])[0])
         assert len(text) * rows.spec.max_length <= rows.most_characters * tokens
 
     holds()
@@ -764,8 +758,8 @@ def test_a_long_run_of_ends_takes_no_longer_than_other_text() -> None:
     start = time.process_time()
     assert isinstance(rows.encode([Row("Hi", ends + "x")])[0], np.ndarray)
     assert isinstance(rows.encode([Row("Hi", ends)])[0], EmptyResponse)
-    assert not rows.sampled_row("Hi", ends + "x").finished
-    assert rows.sampled_row("Hi", "x" + ends).finished
+    assert not sampled_row(rows, "Hi", ends + "x").finished
+    assert sampled_row(rows, "Hi", "x" + ends).finished
     assert time.process_time() - start < 30
     assert np.array_equal(encode(rows, "Hi", f"x{ends} \n"), encode(rows, "Hi", "x"))
 
@@ -784,14 +778,14 @@ def test_a_sampled_text_with_a_lone_surrogate_is_refused() -> None:
     for prompt in ("Hi", "Hi" + rows.chat.opening):
         for row in ((prompt, "\ud83d"), ("\ud83d" + prompt, "Paris")):
             with pytest.raises(InvalidRow):
-                rows.sampled_row(*row)
+                sampled_row(rows, *row)
 
 
 # Pad token and fingerprint ----------------------------------------------------------------------
 
 
 def pad(special: list[str], template: str | None = None, **named: str) -> tuple[str, bool]:
-    tokenizer = byte_tokenizer(special, template=template, adds_bos=False, **named)
+    tokenizer = bytetokenizer(special, template=template, adds_bos=False, **named)
     before = fingerprint(tokenizer)
     added = set_pad_token(tokenizer)
     assert added == (fingerprint(tokenizer) != before)
@@ -834,17 +828,17 @@ def test_a_token_is_added_as_the_last_resort() -> None:
 
 def test_fingerprints_tell_vocabularies_apart() -> None:
     def tokenizer(*special: str) -> PreTrainedTokenizerBase:
-        return byte_tokenizer(special, eos_token=special[0])
+        return bytetokenizer(special, eos_token=special[0])
 
     assert fingerprint(tokenizer("a1", "b2")) == fingerprint(tokenizer("a1", "b2"))
     assert fingerprint(tokenizer("a1", "b2")) != fingerprint(tokenizer("b2", "a1"))
-    assert len(fingerprint(tiny_tokenizer())) == 64
+    assert len(fingerprint(tinytokenizer())) == 64
 
 
-def test_a_tokenizer_remembers_its_fingerprint_until_tokens_are_added(
+def test_atokenizer_remembers_its_fingerprint_until_tokens_are_added(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tokenizer, other = tiny_tokenizer(), tiny_tokenizer()
+    tokenizer, other = tinytokenizer(), tinytokenizer()
     other.add_tokens(["more"])
     calls = 0
     get_vocab = type(tokenizer).get_vocab
@@ -861,7 +855,7 @@ def test_a_tokenizer_remembers_its_fingerprint_until_tokens_are_added(
     assert fingerprint(copied) == first != fingerprint(other)
     tokenizer.add_tokens(["more"])
     assert fingerprint(tokenizer) == fingerprint(other)
-    tokenizer._tokenizer = byte_tokenizer(["a"], eos_token="a")._tokenizer
+    tokenizer.tokenizer = bytetokenizer(["a"], eos_token="a").tokenizer
     assert fingerprint(tokenizer) not in (first, fingerprint(other))
 
 
@@ -874,13 +868,13 @@ def test_a_long_conversation_is_cut_without_tokenising_every_length(
     ids = encode(chat, *row)
     kept = encode(chat, turns[40:], "Paris.")
     limited = Template(chat.tokenizer, replace(chat.spec, max_length=len(kept)))
-    tokenize, calls = Template._tokenize, list[int]()
+    tokenize, calls = Template.tokenize, list[int]()
 
     def counting(self: Template, texts: list[str]) -> list[list[int]]:
         calls.append(len(texts))
         return tokenize(self, texts)
 
-    monkeypatch.setattr(Template, "_tokenize", counting)
+    monkeypatch.setattr(Template, "tokenize", counting)
     cut, _ = limited.fit(row, ids, "truncate")
     assert isinstance(cut, np.ndarray) and np.array_equal(cut, kept)
     assert len(calls) < 12

@@ -19,15 +19,16 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from jobs.train import main
 from rayrm import RewardModel, TrainConfig, fit
-from rayrm.checkpoint import consolidate, save_shards
 from rayrm.config import TrainSection
-from rayrm.data import read_groups
-from rayrm.dataset import PreferenceGroup
+from rayrm.data.records import read_groups
 from rayrm.errors import ConfigError, DataError, ExportError, ModelError, TrainingError
-from rayrm.evaluate import evaluate
-from rayrm.loop import Rank, learning_rate, merge
-from rayrm.template import Row
-from rayrm.train import TrainResult, check_places, claim, make_trainer, run_directory
+from rayrm.evaluation.evaluate import evaluate
+from rayrm.rows import Row
+from rayrm.training.checkpoint import consolidate, save_shards
+from rayrm.training.dataset import PreferenceGroup
+from rayrm.training.fit import TrainResult, check_places, claim, make_trainer, run_directory
+from rayrm.training.loop import Rank, learning_rate
+from rayrm.training.setup import merge
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -85,7 +86,8 @@ def prepare(config: TrainConfig) -> None:
     dist.init_process_group("gloo", f"file://{store}", rank=0, world_size=1)
     try:
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("rayrm.loop.get_context", lambda: alone)
+            for module in ("loop", "setup"):
+                patched.setattr(f"rayrm.training.{module}.get_context", lambda: alone)
             Rank(config)
     finally:
         dist.destroy_process_group()
@@ -488,7 +490,7 @@ def test_the_same_name_resumes_where_the_run_was_cut_off(
         base, data, tmp_path / "cut", train={"checkpoint_every": 1}, cluster={"workers": 2}
     )
     with monkeypatch.context() as patched:
-        patched.setattr("rayrm.train.train_loop", _stop_after_two_steps)
+        patched.setattr("rayrm.training.fit.train_loop", _stop_after_two_steps)
         with pytest.raises(TrainingError, match="cut off"):
             fit(config)
     assert {p.name for p in (tmp_path / "cut/run").glob("checkpoint*")} == {
@@ -552,7 +554,7 @@ def test_a_checkpoint_of_other_groups_is_not_resumed(
 ) -> None:
     """Not even where the record of the config is gone, which would have told."""
     with monkeypatch.context() as patched, pytest.raises(TrainingError, match="cut off"):
-        patched.setattr("rayrm.train.train_loop", _stop_after_two_steps)
+        patched.setattr("rayrm.training.fit.train_loop", _stop_after_two_steps)
         fit(
             configure(
                 base, crowded, tmp_path, train={"pairs_per_group": None, "groups_per_step": 1}

@@ -14,14 +14,16 @@ import pytest
 import ray
 from ray import serve
 
-from rayrm.client import RewardClient
 from rayrm.config import ServeConfig
-from rayrm.engine import RewardModel, Rewards
 from rayrm.errors import ConfigError, ServiceError
-from rayrm.metrics import SHADOW
-from rayrm.serve import Replica, compare, deploy, promote, rollback, try_out
-from rayrm.shadow import Comparison, Difference, disagreement, merge, rank_correlation
-from rayrm.versions import Record, Served, Trial, read_record
+from rayrm.model.engine import RewardModel
+from rayrm.rows import Rewards
+from rayrm.serving.client import RewardClient
+from rayrm.serving.metrics import SHADOW
+from rayrm.serving.operations import compare, deploy, promote, rollback, try_out
+from rayrm.serving.record import Record, Served, Trial, read_record
+from rayrm.serving.replica import Replica
+from rayrm.serving.shadow import Comparison, Difference, disagreement, merge, rank_correlation
 from tests.test_metrics import REMEMBERED_S, scrape
 from tests.test_serve import assert_same, before_each_pack, stats, texts, until
 
@@ -44,7 +46,7 @@ class FaultyReplica(Replica):
 @pytest.fixture(scope="module")
 def app(cluster: None, tiny_export: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rayrm.serve.Replica", FaultyReplica)
+        patch.setattr("rayrm.serving.application.Replica", FaultyReplica)
         deploy(
             ServeConfig(
                 export=str(tiny_export), dtype="float32", app=APP, replicas=2, tokens_per_pack=512

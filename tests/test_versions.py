@@ -21,23 +21,18 @@ import pytest
 import ray
 from ray import serve
 
-from rayrm.client import RewardClient
 from rayrm.config import ServeConfig
-from rayrm.engine import RewardModel, Rewards
 from rayrm.errors import ExportError, ServiceError, UnknownReward, VersionGone
-from rayrm.known import KnownRewards
-from rayrm.metrics import ServeMetrics
-from rayrm.queue import TokenQueue
-from rayrm.serve import Replica, compare, delete, deploy, promote, rollback, swap, try_out
-from rayrm.versions import (
-    Models,
-    Record,
-    Served,
-    Trial,
-    change_record,
-    delete_record,
-    read_record,
-)
+from rayrm.model.engine import RewardModel
+from rayrm.rows import Rewards
+from rayrm.serving.client import RewardClient
+from rayrm.serving.known import KnownRewards
+from rayrm.serving.metrics import ServeMetrics
+from rayrm.serving.operations import compare, delete, deploy, promote, rollback, swap, try_out
+from rayrm.serving.queue import TokenQueue
+from rayrm.serving.record import Record, Served, Trial, change_record, delete_record, read_record
+from rayrm.serving.replica import Replica
+from rayrm.serving.versions import Models
 from tests.test_serve import assert_same, before_each_pack, stats, texts, until
 
 APP = "versions"
@@ -75,7 +70,7 @@ def config(tiny_export: Path) -> ServeConfig:
 @pytest.fixture(scope="module")
 def client(cluster: None, config: ServeConfig) -> Iterator[RewardClient]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rayrm.serve.Replica", SlowReplica)
+        patch.setattr("rayrm.serving.application.Replica", SlowReplica)
         deploy(config)
         yield RewardClient(APP)
     serve.delete(APP)
@@ -296,7 +291,7 @@ def test_an_interrupted_deployment_leaves_nothing_staged(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("rayrm.serve.time.sleep", interrupt)
+        patch.setattr("rayrm.serving.operations.time.sleep", interrupt)
         deploy(config.model_copy(update={"export": str(other_export)}))
     assert found() == before
     until(lambda: all(replica["versions"] == [old] for replica in stats(APP)))
@@ -309,8 +304,8 @@ def test_what_a_killed_deployment_has_staged_is_dropped(
     deploy(config)
     script = f"""
         import ray
-        from rayrm.serve import swap
-        from rayrm.versions import Served
+        from rayrm.serving.operations import swap
+        from rayrm.serving.record import Served
         ray.init(log_to_driver=False)
         swap({APP!r}, Served(export={str(other_export)!r}, version={new!r}))
     """
@@ -439,7 +434,7 @@ def test_a_record_that_was_read_before_a_switch_does_not_undo_it(
         reading.set()
         return read_record(app)
 
-    monkeypatch.setattr("rayrm.versions.read_record", read)
+    monkeypatch.setattr("rayrm.serving.versions.read_record", read)
     with held._changing:
         waiting = threading.Thread(target=held.compare)
         waiting.start()
@@ -453,7 +448,7 @@ def test_a_record_that_was_read_before_a_switch_does_not_undo_it(
 def test_a_model_that_cannot_be_loaded_is_not_tried_with_every_chunk(
     cluster: None, held: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rayrm.versions.RETRY_S", (1000.0, 3000.0))
+    monkeypatch.setattr("rayrm.serving.versions.RETRY_S", (1000.0, 3000.0))
     bad = Served(export="/nowhere", version="bad@1")
 
     def stage(share: float) -> None:

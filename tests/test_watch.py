@@ -26,8 +26,8 @@ from ray import serve
 
 from rayrm import RewardClient, ServeConfig, TrainConfig, deploy, fit
 from rayrm.errors import EmptyResponse
-from rayrm.export import read_export
-from rayrm.serve import try_out
+from rayrm.model.export import read_export
+from rayrm.serving.operations import try_out
 from tests.conftest import make_base
 from tests.test_serve import until
 from tests.test_submit import free_ports

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rayrm.model import RewardNet, quiet
+from rayrm.model.net import RewardNet, quiet
 from rayrm.packing import Ids, Pack, TokenGroup
 
 torch.set_num_threads(1)

@@ -17,11 +17,12 @@ import ray
 from ray import serve
 from ray._private import worker
 
-from rayrm import RewardModel, ServeConfig, fit, versions
-from rayrm.corpus import Parts, score_corpus
-from rayrm.export import read_record
-from rayrm.run import read_config
-from rayrm.serve import deploy
+from rayrm import RewardModel, ServeConfig, fit
+from rayrm.model.export import read_record
+from rayrm.serving import versions
+from rayrm.serving.corpus import Parts, score_corpus
+from rayrm.serving.operations import deploy
+from rayrm.training.run import read_config
 from tests.conftest import make_base, make_export
 from tests.test_kill import write_pairs
 from tests.test_serve import stats

@@ -1,0 +1,1 @@
+"""How good rewards are against preferences: figures, pictures, the report."""

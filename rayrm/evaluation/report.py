@@ -1,0 +1,586 @@
+"""The evaluation report: one HTML page that needs nothing else, and its pictures beside it.
+
+Pictures, tables and words for what evaluate.py computes; every picture has its table. Knows nothing
+of models, training or Ray.
+"""
+
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from rayrm.data.records import MESSAGE_KEYS, Group, Message, Text
+from rayrm.evaluation.evaluate import (
+    REWARD_BENCH,
+    Bin,
+    Floats,
+    Judged,
+    ScoredGroup,
+    equal_bins,
+    interval,
+    reliability,
+    signed_bins,
+    summarize,
+    within_groups,
+)
+from rayrm.evaluation.pictures import (
+    STYLES,
+    colour,
+    draw_bins,
+    draw_curve,
+    draw_lengths,
+    draw_reliability,
+    draw_rewards,
+    draw_styles,
+    draw_subsets,
+    save,
+)
+
+PAGE = "report.html"
+
+# How many mistakes are shown, characters of a text of theirs, and subsets drawn.
+MISTAKES, SHOWN, SUBSETS = 10, 2000, 40
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+AVERAGES = ("easy", "normal", "hard", "mean")
+STEP = ["step", "loss", "accuracy", "margin", "learning rate", "gradient norm", "pairs"]
+STEP += ["tokens/s", "held-out loss", "held-out accuracy"]
+WHISKERS = "Whiskers, from and to: 95 % intervals that take pairs as independent."
+
+CSS = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
+       max-width: 72rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; }
+h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; border-top: 1px solid #ccc; padding-top: 1rem; }
+h3 { font-size: 1rem; margin: .5rem 0; overflow-wrap: anywhere; }
+p { max-width: 48rem; margin: .5rem 0; }
+.grid { display: grid; gap: 1rem 2rem; align-items: start;
+        grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
+figure { margin: 0; }
+img { width: 100%; max-width: 42rem; height: auto; }
+.table { overflow-x: auto; margin: .5rem 0 1rem; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; color: #555; padding-bottom: .25rem; }
+th, td { padding: .2rem .45rem; border-bottom: 1px solid #ddd; text-align: right;
+         white-space: nowrap; }
+th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 4.5rem; }
+.wide { grid-column: 1 / -1; min-width: 0; }
+article { border: 1px solid #ccc; border-radius: .3rem; padding: .5rem 1rem; margin: 1rem 0; }
+article p { max-width: none; color: #555; font-size: .875rem; }
+pre { font: .875rem/1.4 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+      background: #f5f5f5; border-left: .25rem solid #999; padding: .4rem .6rem; margin: .25rem 0; }
+pre.chosen { border-color: #0f766e; }
+pre.rejected { border-color: #a8326e; }
+pre b { color: #555; }
+@media print {
+  @page { margin: 14mm; }
+  body { font-size: 10pt; max-width: none; padding: 0; }
+  h2, h3 { break-after: avoid; }
+  section > p { break-after: avoid; }
+  .grid { grid-template-columns: 1fr 1fr; gap: .5rem 1rem; }
+  .table { overflow: visible; }
+  figure, tr, article { break-inside: avoid; }
+  table { font-size: 8pt; }
+  th, td { padding: .1rem .3rem; }
+}
+"""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An export's scores of the report's groups, in their order; history: its training by step."""
+
+    version: str
+    scored: list[ScoredGroup]
+    history: list[dict[str, Any]]
+
+    @cached_property
+    def figures(self) -> dict[str, Any]:
+        return summarize(self.scored)
+
+    @cached_property
+    def judged(self) -> Judged:
+        return Judged.of(self.scored)
+
+
+def write_report(
+    directory: Path, groups: Sequence[Group], evaluated: Sequence[Evaluated], data: str
+) -> Path:
+    """Write the page and its pictures; two evaluated exports stand side by side.
+
+    data says in words what the groups are. Returns the page's path.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    html = Report(directory, groups, evaluated, data).html()
+    page = directory / PAGE
+    page.write_text(html, encoding="utf-8")
+    return page
+
+
+class Report:
+    """One report in the making; a method writes the pictures of a part and returns its HTML."""
+
+    def __init__(
+        self, directory: Path, groups: Sequence[Group], evaluated: Sequence[Evaluated], data: str
+    ) -> None:
+        self.directory, self.groups, self.data = directory, groups, data
+        self.evaluated = evaluated
+        self.marks = "AB" if len(evaluated) > 1 else [""]
+        self.marked = list(zip(self.marks, evaluated, strict=True))
+
+    def html(self) -> str:
+        parts = [self.head(), self.figures(), self.training()]
+        if all(len(e.judged) for e in self.evaluated):
+            parts += [
+                self.rewards(),
+                self.reliability(),
+                self.by_margin(),
+                self.by_length(),
+                self.reward_by_length(),
+                self.subsets(),
+                self.rm_bench(),
+                self.reward_bench(),
+                self.mistakes(),
+            ]
+        title = escape("Evaluation of " + " and ".join(e.version for e in self.evaluated))
+        return (
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            '<meta http-equiv="Content-Security-Policy" '
+            "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
+            f"<title>{title}</title><style>{CSS}</style></head>\n"
+            f"<body>{''.join(parts)}</body></html>\n"
+        )
+
+    # parts -----------------------------------------------------------------------------------
+
+    def head(self) -> str:
+        title = " and ".join(
+            f"{mark} {e.version}" if mark else e.version for mark, e in self.marked
+        )
+        lines = []
+        for mark, e in self.marked:
+            accuracy, pairs = e.figures["accuracy"], e.figures["pairs"]
+            if accuracy is None:
+                lines.append(f"{mark} No pair has a winner and both its rewards.")
+                continue
+            low, high = interval(accuracy, pairs)
+            lines.append(
+                f"{mark} Accuracy {accuracy:.3f} on {pairs} pairs (95 % interval {low:.3f} to "
+                f"{high:.3f})."
+            )
+        text = "".join(f"<p><strong>{escape(line)}</strong></p>" for line in lines)
+        return f"<h1>Evaluation of {escape(title)}</h1>{text}<p>Data: {escape(self.data)}</p>"
+
+    def figures(self) -> str:
+        names = {
+            "accuracy": "accuracy (a tie is half right)",
+            "pairs": "pairs with both rewards",
+            "groups": "groups",
+            "best_of_n": "best of N: highest reward on an unbeaten response",
+            "margin": "mean margin (chosen - rejected reward)",
+            "loss": "Bradley-Terry loss (nats per pair)",
+            "ece": "expected calibration error",
+            "length_correlation": "correlation of reward and length within groups",
+            "reward_mean": "mean reward",
+            "reward_std": "standard deviation of rewards",
+            "failed_responses": "responses that could not be scored",
+            "failed_pairs": "pairs without both rewards",
+            "truncated": "responses whose prompt was cut",
+        }
+        rows = []
+        for key, name in names.items():
+            values = [e.figures[key] for e in self.evaluated]
+            if len(values) > 1:
+                values.append(None if None in values else values[1] - values[0])
+            rows.append([name, *map(number, values)])
+        head = [self.marks[0], self.marks[1], "B - A"] if self.marks[0] else ["value"]
+        tables = [table("figures", ["", *head], rows)]
+        if self.marks[0]:
+            tables.append(self.agreement())
+        return section("Figures", "", tables)
+
+    def agreement(self) -> str:
+        """How many pairs each ranks right, alone or with the other, of those both have scored."""
+        won = [
+            dict(
+                zip(
+                    zip(e.judged.group.tolist(), e.judged.pair.tolist(), strict=True),
+                    (e.judged.margins > 0).tolist(),
+                    strict=True,
+                )
+            )
+            for e in self.evaluated
+        ]
+        both = [(won[0][key], won[1][key]) for key in won[0] if key in won[1]]
+        cases = {"both": (True, True), "A only": (True, False), "B only": (False, True)}
+        rows = [
+            [name, number(both.count(case)), share(both.count(case), len(both))]
+            for name, case in {**cases, "neither": (False, False)}.items()
+        ]
+        caption = "Pairs ranked right (a tie is not), of those that both have scored"
+        return table("agreement", ["ranked right by", "pairs", "share"], rows, caption)
+
+    def training(self) -> str:
+        if not any(e.history for e in self.evaluated):
+            return ""
+        blocks = []
+        for key, label in (("loss", "loss (nats)"), ("accuracy", "accuracy (share of pairs)")):
+            figure = draw_curve([(m, e.history) for m, e in self.marked], key, label)
+            blocks.append(self.picture(key, figure, f"Training {key} by optimizer step"))
+        for mark, e in self.marked:
+            evaluated = [h for h in e.history if "eval_loss" in h]
+            history = evaluated or e.history
+            places = np.unique(np.linspace(0, len(history) - 1, 12).round().astype(int))
+            rows = [training_row(history[i]) for i in places if history]
+            if rows:
+                caption = f"{len(rows)} of {len(e.history)} steps"
+                found = table(f"training{mark}", STEP[: len(rows[0])], rows, caption)
+                blocks.append(wide(self.titled(mark, e, found)))
+        text = (
+            "Thin: each optimizer step on its own training pairs. Thick: mean over the last steps. "
+            "Dots: held-out pairs."
+        )
+        return section("Training", text, blocks)
+
+    def rewards(self) -> str:
+        blocks = []
+        for mark, e in self.marked:
+            judged = e.judged
+            sides = {"chosen": judged.winner_reward, "rejected": judged.loser_reward}
+            rows = [
+                [name, *map(number, (len(r), r.mean(), r.std(), *np.quantile(r, QUANTILES)))]
+                for name, r in sides.items()
+            ]
+            head = ["", "n", "mean", "std", *(f"{q:.0%}" for q in QUANTILES)]
+            picture = self.picture(
+                f"rewards{mark}", draw_rewards(judged), "Histogram of chosen and rejected rewards"
+            )
+            text = table(f"rewards{mark}", head, rows, "Rewards over pairs, with quantiles")
+            blocks.append(self.block(mark, e, picture, text))
+        text = "A response counts once for each of its pairs."
+        return section("Chosen and rejected rewards", text, blocks)
+
+    def reliability(self) -> str:
+        blocks = []
+        for mark, e in self.marked:
+            bins = reliability(e.judged.margins)
+            rows = [
+                [f"{b.low:.2f} to {b.high:.2f}", *map(number, figures)]
+                for b in bins
+                for figures in [(b.pairs, b.mean, b.accuracy, b.accuracy - b.mean)]
+            ]
+            picture = self.picture(
+                f"reliability{mark}",
+                draw_reliability(bins, e.figures["ece"], colour(mark)),
+                "Accuracy against confidence",
+            )
+            head = ["confidence", "pairs", "mean", "accuracy", "difference"]
+            caption = f"Expected calibration error {number(e.figures['ece'])}"
+            blocks.append(
+                self.block(mark, e, picture, table(f"reliability{mark}", head, rows, caption))
+            )
+        text = (
+            "Confidence is sigmoid(|margin|): how sure the model is of the response it gives the "
+            "higher reward. On the dashed line it is right as often as it says; below it is "
+            "overconfident. The error is the mean distance from the line, weighted by pairs."
+        )
+        return section("Reliability", text, blocks)
+
+    def by_margin(self) -> str:
+        blocks = []
+        for mark, e in self.marked:
+            bins = equal_bins(np.abs(e.judged.margins), e.judged.right, 8)
+            name, label = f"margin{mark}", "|reward of chosen - reward of rejected|"
+            blocks.append(self.binned(mark, e, name, bins, label, ".2f"))
+            given = self.given_margins(e)
+            if len(set(given)) > 1:
+                bins = equal_bins(given, e.judged.right, 8)
+                name, label = f"given-margin{mark}", "margin in the data"
+                blocks.append(self.binned(mark, e, name, bins, label, ".3g"))
+        return section("Accuracy by margin", f"Bins of about as many pairs. {WHISKERS}", blocks)
+
+    def given_margins(self, e: Evaluated) -> Floats:
+        """The margin that the data gives each judged pair; 0 where it gives none."""
+        return np.array(
+            [
+                self.groups[g].preferences[p].margin
+                for g, p in zip(e.judged.group, e.judged.pair, strict=True)
+            ]
+        )
+
+    def by_length(self) -> str:
+        blocks = []
+        for mark, e in self.marked:
+            bins = signed_bins(e.judged.longer, e.judged.right, 4)
+            label = "tokens that chosen is longer than rejected"
+            blocks.append(self.binned(mark, e, f"length{mark}", bins, label, ".0f"))
+        text = (
+            "Lower at the top, where chosen is the shorter one, than at the bottom: longer "
+            f"responses get higher rewards for their length. {WHISKERS}"
+        )
+        return section("Accuracy by length difference", text, blocks)
+
+    def binned(
+        self, mark: str, e: Evaluated, name: str, bins: Sequence[Bin], label: str, form: str
+    ) -> str:
+        names = [span(b, form) for b in bins]
+        rows = [
+            [text, *map(number, (b.pairs, b.accuracy, *interval(b.accuracy, b.pairs)))]
+            for text, b in zip(names, bins, strict=True)
+        ]
+        figure = draw_bins(names, bins, label, colour(mark))
+        picture = self.picture(name, figure, f"Accuracy by {label}")
+        head = ["bin", "pairs", "accuracy", "from", "to"]
+        return self.block(mark, e, picture, table(name, head, rows, label))
+
+    def reward_by_length(self) -> str:
+        blocks = []
+        for mark, e in self.marked:
+            lengths, rewards = within_groups(e.scored)
+            r = e.figures["length_correlation"]
+            if r is None:
+                continue
+            slope = r * rewards.std() / lengths.std()
+            rows = [
+                ["responses", number(len(rewards))],
+                ["correlation", number(r)],
+                ["reward per 10 tokens (least squares)", number(10 * slope)],
+            ]
+            picture = self.picture(
+                f"reward-length{mark}",
+                draw_lengths(lengths, rewards, slope, colour(mark)),
+                "Reward against length, both less the mean of their group",
+            )
+            blocks.append(
+                self.block(mark, e, picture, table(f"reward-length{mark}", ["", ""], rows))
+            )
+        text = (
+            "Each dot is a response, compared with the mean of the responses to its prompt, so "
+            "that prompts with long answers do not count as a preference for length."
+        )
+        return section("Reward and length", text, blocks) if blocks else ""
+
+    def subsets(self) -> str:
+        subsets = [e.figures["subsets"] for e in self.evaluated]
+        names = sorted(subsets[0], key=lambda name: -subsets[0][name]["pairs"])
+        if len(names) < 2:
+            return ""
+        rows = []
+        for name in sorted(names):
+            cells = [name or "(none)"]
+            for found in (figures[name] for figures in subsets):
+                limits = (
+                    interval(found["accuracy"], found["pairs"]) if found["pairs"] else (None,) * 2
+                )
+                cells += map(number, (found["pairs"], found["accuracy"], *limits))
+            rows.append(cells)
+        head = ["subset"]
+        for mark in self.marks:
+            head += [f"{mark} {column}".strip() for column in ("pairs", "accuracy", "from", "to")]
+        drawn = sorted(n for n in names[:SUBSETS] if all(s[n]["pairs"] for s in subsets))
+        if not drawn:
+            return ""
+        figure = draw_subsets(drawn, list(zip(self.marks, subsets, strict=True)))
+        left_out = f" Drawn: {len(drawn)} of {len(names)}." if len(drawn) < len(names) else ""
+        blocks = [
+            self.picture("subsets", figure, "Accuracy by subset"),
+            wide(table("subsets", head, rows)) if self.marks[0] else table("subsets", head, rows),
+        ]
+        return section("Accuracy by subset", WHISKERS + left_out, blocks)
+
+    def rm_bench(self) -> str:
+        blocks = []
+        for mark, e in self.marked:
+            found = e.figures["rm_bench"]
+            if found is None:
+                continue
+            picture = self.picture(
+                f"styles{mark}", draw_styles(found), "Accuracy by style of chosen and of rejected"
+            )
+            rows = [
+                [name, *(number(d[key]) for key in AVERAGES), number(sum(map(sum, d["pairs"])))]
+                for name, d in [*found["domains"].items(), ("mean of the domains", found)]
+            ]
+            averages = table(f"rm-bench{mark}", ["domain", *AVERAGES, "pairs"], rows)
+            cells = [
+                [style, *(f"{number(c)} ({n})" for c, n in zip(*row, strict=True))]
+                for style, *row in zip(STYLES, found["matrix"], found["pairs"], strict=True)
+            ]
+            caption = "Accuracy (pairs): style of chosen by row, of rejected by column"
+            matrix = table(f"styles{mark}", ["", *STYLES], cells, caption)
+            blocks.append(self.block(mark, e, picture, averages + matrix))
+        text = (
+            "RM-Bench (Liu et al. 2024). Easy: chosen has the fancier style; normal: both have the "
+            "same; hard: rejected has the fancier. A tie is wrong; every domain weighs the same."
+        )
+        return section("RM-Bench: accuracy by style", text, blocks) if blocks else ""
+
+    def reward_bench(self) -> str:
+        found = [e.figures["reward_bench"] for e in self.evaluated]
+        if None in found:
+            return ""
+        rows = []
+        for name, weights in REWARD_BENCH.items():
+            sections = [f["sections"].get(name, {"score": None, "subsets": {}}) for f in found]
+            if not any(s["subsets"] for s in sections):
+                continue
+            rows.append([name, "", *(number(s["score"]) for s in sections)])
+            for subset, weight in weights.items():
+                accuracies = [s["subsets"].get(subset, {}).get("accuracy") for s in sections]
+                rows.append([f"· {subset}", number(weight), *map(number, accuracies)])
+        rows.append(["mean of the four sections", "", *(number(f["mean"]) for f in found)])
+        head = ["section", "weight", *(f"{mark} score".strip() for mark in self.marks)]
+        text = (
+            "RewardBench (Lambert et al. 2024). A section's score is the mean of its subsets by "
+            "their weights; a tie is wrong. The mean is given when every subset is there."
+        )
+        return section("RewardBench: scores by section", text, [table("reward-bench", head, rows)])
+
+    def mistakes(self) -> str:
+        parts = []
+        for mark, e in self.marked:
+            found = worst(e.judged)
+            title = f"<h3>{escape(f'{mark} {e.version}')}</h3>" if mark else ""
+            parts.append(title + ("" if found else "<p>None.</p>"))
+            parts += [self.mistake(e, place) for place in found]
+        text = f"The worst pair of each group, and the {MISTAKES} worst of these."
+        return section("Worst mistakes", text, ["".join(parts)], "")
+
+    def mistake(self, e: Evaluated, place: int) -> str:
+        judged = e.judged
+        g, winner, loser = (int(c[place]) for c in (judged.group, judged.winner, judged.loser))
+        group = self.groups[g]
+        others = [
+            f"{mark}: chosen {number(rewards[winner])}, rejected {number(rewards[loser])}"
+            for mark, rewards in ((m, o.scored[g].rewards) for m, o in self.marked if o is not e)
+        ]
+        about = [
+            group.source,
+            *([group.subset] if group.subset else []),
+            f"margin {number(judged.margins[place])}",
+            f"chosen - rejected {judged.longer[place]:+.0f} tokens",
+            *others,
+        ]
+        texts = [f"<p>{escape(' · '.join(about))}</p>", block_of_text("prompt", group.prompt, "")]
+        for name, i, reward in (
+            ("chosen", winner, judged.winner_reward[place]),
+            ("rejected", loser, judged.loser_reward[place]),
+        ):
+            cut = "" if group.finished[i] else ", cut off by the sampler"
+            title = f"{name}, reward {number(reward)}{cut}"
+            texts.append(block_of_text(title, group.responses[i], name))
+        return f"<article>{''.join(texts)}</article>"
+
+    # page ------------------------------------------------------------------------------------
+
+    def picture(self, name: str, figure: Figure, alt: str) -> str:
+        """Write a picture and return it embedded."""
+        file = self.directory / f"{name}.png"
+        save(figure, file)
+        data = b64encode(file.read_bytes()).decode()
+        return f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{data}"></figure>'
+
+    def block(self, mark: str, e: Evaluated, picture: str, text: str) -> str:
+        """A picture and its table: beside each other, or under each other beside the other's."""
+        return self.titled(mark, e, picture + text) if mark else f"{picture}<div>{text}</div>"
+
+    def titled(self, mark: str, e: Evaluated, html: str) -> str:
+        title = f"<h3>{escape(f'{mark} {e.version}')}</h3>" if mark else ""
+        return f"<div>{title}{html}</div>"
+
+
+def training_row(step: dict[str, Any]) -> list[str]:
+    rate = step["tokens"] / step["seconds"] if step.get("seconds") else None
+    keys = ("step", "loss", "accuracy", "margin", "learning_rate", "grad_norm", "pairs")
+    held_out = [step["eval_loss"], step["eval_accuracy"]] if "eval_loss" in step else []
+    return [number(value) for value in (*map(step.get, keys), rate, *held_out)]
+
+
+def worst(judged: Judged) -> list[int]:
+    """Places of the pairs with the lowest margins below 0, one a group, worst first."""
+    places: dict[int, int] = {}
+    for place in np.argsort(judged.margins, kind="stable"):
+        if judged.margins[place] < 0:
+            places.setdefault(int(judged.group[place]), int(place))
+    return list(places.values())[:MISTAKES]
+
+
+# Text → HTML --------------------------------------------------------------------------------------
+
+
+def section(title: str, text: str, blocks: Iterable[str], kind: str = "grid") -> str:
+    text = f"<p>{escape(text)}</p>" if text else ""
+    return f'<section><h2>{title}</h2>{text}<div class="{kind}">{"".join(blocks)}</div></section>\n'
+
+
+def wide(html: str) -> str:
+    """Across all columns of its section."""
+    return f'<div class="wide">{html}</div>'
+
+
+def table(name: str, head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
+    caption = f"<caption>{escape(caption)}</caption>" if caption else ""
+    heads = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in rows
+    )
+    return (
+        f'<div class="table"><table id="{name}">{caption}<thead><tr>{heads}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def block_of_text(title: str, text: Text, kind: str) -> str:
+    """A prompt or response; the middle of what is very long is left out, and says so."""
+    messages = [{"role": "", "content": text}] if isinstance(text, str) else text
+    parts = []
+    for message in messages:
+        content = shown_message(message)
+        if (left_out := len(content) - SHOWN) > 0:
+            half = SHOWN // 2
+            note = f"\n[… {left_out} characters left out …]\n"
+            content = content[:half] + note + content[-half:]
+        role = f"<b>{escape(message['role'])}</b>\n" if message["role"] else ""
+        parts.append(role + escape(content))
+    return f'<p>{escape(title)}</p><pre class="{kind}">{chr(10).join(parts) or " "}</pre>'
+
+
+def shown_message(message: Message) -> str:
+    """What a message says, its tool calls and thoughts by their keys."""
+    said = {key: message[key] for key in MESSAGE_KEYS if key in message}
+    lines = [
+        f"[{key}] {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
+        for key, value in said.items()
+    ]
+    return "\n".join([*lines, message["content"] or ""]) if lines else str(message["content"])
+
+
+def number(value: Any) -> str:
+    """Counts as they are, the rest to three decimals, or as many digits where it is small."""
+    if value is None:
+        return "n/a"
+    if isinstance(value, int | np.integer):
+        return str(value)
+    if abs(value) >= 100:
+        return f"{value:.1f}"
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.2e}"
+
+
+def share(count: int, total: int) -> str:
+    return number(count / total if total else None)
+
+
+def span(b: Bin, form: str) -> str:
+    low, high = format(b.low, form), format(b.high, form)
+    return low if low == high else f"{low} to {high}"

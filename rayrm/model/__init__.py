@@ -1,0 +1,1 @@
+"""The reward model: attention, decoder, head, exports, and scoring in one process."""

@@ -1,0 +1,1 @@
+"""Serve a reward model on Ray Serve: client, queue, replica, versions, operations."""

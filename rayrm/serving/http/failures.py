@@ -1,0 +1,92 @@
+"""What goes wrong, over HTTP: a status, and a body that names the error and says what happened."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict
+from starlette.exceptions import HTTPException
+
+from rayrm.errors import Overloaded, RowError, UnknownReward, VersionGone
+
+# When to come back where replicas have died, or are being started.
+RETRY_AFTER_S = 5
+
+# So many rows of a bad request are named: a message for each of thousands would help nobody.
+NAMED = 10
+
+# Characters of a field's name that are quoted where there is no such field.
+QUOTED = 200
+
+
+class Failure(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    error: str
+    """The name of a class of rayrm.errors, or the status in words."""
+    message: str
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Failure, "description": why}
+    for status, why in {
+        400: "The body is not JSON.",
+        401: "The token is missing or wrong.",
+        404: "No reward of that name is served.",
+        410: "The version that was asked for is not served, or not any more.",
+        413: "The body, or its number of rows, is above the limit.",
+        422: "The body is JSON, but not of this schema; /get_reward: or a row has no reward.",
+        429: "Too many rows are waiting: send again later.",
+        503: "No replica answered.",
+    }.items()
+}
+
+
+def answer(
+    status: int, message: str, headers: Mapping[str, str] | None = None, error: str = ""
+) -> JSONResponse:
+    failure = {"error": error or HTTPStatus(status).phrase, "message": message}
+    return JSONResponse(failure, status, headers)
+
+
+async def on_http_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return answer(error.status_code, error.detail, error.headers)
+
+
+async def on_invalid_request(_: Request, error: Exception) -> JSONResponse:
+    # Without the input, which FastAPI would send back: it can be large, or no JSON at all.
+    assert isinstance(error, RequestValidationError)
+    problems = [f"{_where(e['loc'])}: {e['msg']}" for e in error.errors()]
+    return answer(422, "; ".join(problems[:NAMED]))
+
+
+async def on_service_error(_: Request, error: Exception) -> JSONResponse:
+    """A ServiceError or UnknownReward."""
+    status, headers = 503, {"retry-after": str(RETRY_AFTER_S)}
+    if isinstance(error, Overloaded):
+        status, headers = 429, {"retry-after": str(math.ceil(error.retry_after_s))}
+    elif isinstance(error, VersionGone):
+        status, headers = 410, {}
+    elif isinstance(error, UnknownReward):
+        status, headers = 404, {}
+    return answer(status, str(error), headers, type(error).__name__)
+
+
+def refuse(errors: Mapping[int, RowError]) -> None:
+    """Fail a whole request for its bad rows, naming them."""
+    if errors:
+        named = [f"row {i}: {type(e).__name__}: {e}" for i, e in list(errors.items())[:NAMED]]
+        left = f"; and {len(errors) - NAMED} more" if len(errors) > NAMED else ""
+        raise HTTPException(422, "; ".join(named) + left)
+
+
+def _where(loc: tuple[int | str, ...]) -> str:
+    """The place in a request, whose own names for fields can be long."""
+    return ".".join(str(part)[:QUOTED] for part in loc[1:])

@@ -1,0 +1,215 @@
+"""A replica: merges what several callers send into full packs, and answers them.
+
+It holds the models (versions.py), a TokenQueue decides what is computed next, and rewards that it
+knows are not computed again. Knows nothing of how a step is cut into chunks, and nothing of
+training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from ray import serve
+
+from rayrm.config import OWN, ServeConfig
+from rayrm.errors import Overloaded, ServiceError, UnknownReward, VersionGone
+from rayrm.model.engine import Encoded, RewardModel
+from rayrm.packing import TokenGroup
+from rayrm.rows import Rewards
+from rayrm.serving.callers import CallsInProgress
+from rayrm.serving.chunk import Chunk
+from rayrm.serving.demand import Demand
+from rayrm.serving.known import KnownRewards
+from rayrm.serving.metrics import ServeMetrics
+from rayrm.serving.queue import ModelBroken, TokenQueue
+from rayrm.serving.record import (
+    Trial,
+)
+from rayrm.serving.shadow import Comparison, Difference
+from rayrm.serving.ticket import Caller, Ticket
+from rayrm.serving.versions import Models
+
+logger = logging.getLogger("ray.serve")
+
+# So many chunks wait at most to be scored once more, by a version in the shadow.
+CHUNKS_SHADOWED = 16
+
+
+class Replica:
+    """One copy of the model, behind a Serve handle; of two versions while a new one comes."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        app = serve.get_replica_context().app_name
+        self.config = config
+        self.calls = self.refused = 0
+        self.metrics = ServeMetrics()
+        self.in_progress = CallsInProgress()
+        self.demand = Demand()
+        self.queue = TokenQueue(config.tokens_per_pack, config.max_queue_tokens)
+        self.known = KnownRewards(config.cache_bytes)
+        self.models = Models(app, config, self._load, self.metrics.holds)
+        self.shadowing: set[asyncio.Task[None]] = set()
+        self.compared: tuple[Trial | None, Comparison] = None, Comparison()
+        self._tokenizing = ThreadPoolExecutor(1, "tokenize")
+
+    async def score(
+        self, chunk: Chunk, ticket: Ticket
+    ) -> dict[str, Rewards] | Overloaded | VersionGone | UnknownReward:
+        """Rewards of a chunk's rows by name, in its order; or why they are not scored now."""
+        self.calls += 1
+        cost = chunk.cost * len(ticket.rewards)
+        try:
+            with self.demand.chunk(ticket, cost):
+                self.queue.own, self.queue.share, self.queue.outstanding = self.demand.wanted()
+                with self.queue.admit(ticket.caller, cost), self.in_progress.call(ticket):
+                    model = await self.models.get(ticket.version)
+                    rewards = await self._score(model, chunk, ticket)
+        except (Overloaded, VersionGone, UnknownReward) as refusal:
+            self.refused += 1
+            self.metrics.refused(refusal)
+            return refusal  # raised, it would be logged by Serve with its traceback
+        except ModelBroken:
+            logger.exception(f"step={ticket.step} part={ticket.part} this replica ends itself")
+            os._exit(1)  # Serve starts another, and callers send again what this one had
+        trial = self.models.shadow
+        if trial and OWN in rewards and ticket.version in ("", self.models.current):
+            self._shadow(trial, chunk, rewards[OWN])
+        return rewards
+
+    async def _score(self, model: RewardModel, chunk: Chunk, ticket: Ticket) -> dict[str, Rewards]:
+        loop, started = asyncio.get_running_loop(), time.perf_counter()
+        models = {name: model.named(name) for name in ticket.rewards}
+        with self.metrics.request(len(chunk.finished)):
+            encoded = await loop.run_in_executor(self._tokenizing, encode, model, chunk)
+            tokens = sum(group.tokens for group in encoded.groups) * len(models)
+            unshared = sum(group.tokens_unshared for group in encoded.groups) * len(models)
+            with self.metrics.waiting(tokens, unshared):
+                scored = await asyncio.gather(
+                    *(self._score_by(m, encoded, ticket.caller) for m in models.values())
+                )
+            self.metrics.found(self.known.rows_found)
+            rewards = dict(zip(models, scored, strict=True))
+            for name, of in rewards.items():
+                self.metrics.scored(name, of, chunk)
+        errors = sum(len(of) - of.errors.count(None) for of in scored)
+        logger.info(
+            f"step={ticket.step} part={ticket.part} caller={ticket.caller.name} "
+            f"version={model.version} rewards={','.join(models)} rows={len(scored[0])} "
+            f"tokens={tokens} errors={errors} took={time.perf_counter() - started:.3f}s"
+        )
+        return rewards
+
+    async def _score_by(
+        self, model: RewardModel, encoded: Encoded, caller: Caller | None
+    ) -> Rewards:
+        compute = partial(self.queue.score, compute=model.score_groups, caller=caller)
+        scored = await self.known.score(model.version, encoded.groups, compute)
+        return model.collect(encoded, [s.values for s in scored], [s.errors for s in scored])
+
+    def _shadow(self, trial: Trial, chunk: Chunk, rewards: Rewards) -> None:
+        """Score what is answered by another version too, when nothing else waits."""
+        if len(self.shadowing) >= CHUNKS_SHADOWED:
+            self.metrics.unshadowed.inc(len(rewards))
+            return
+        task = asyncio.create_task(self._compare(trial, chunk, rewards))
+        self.shadowing.add(task)
+        task.add_done_callback(self.shadowing.discard)
+
+    async def _compare(self, trial: Trial, chunk: Chunk, rewards: Rewards) -> None:
+        try:
+            model = await self.models.get(trial.served.pin)
+            encoded = await asyncio.to_thread(encode, model, chunk)
+            tried = await self._score_by(model, encoded, None)
+        except (VersionGone, ModelBroken):
+            logger.exception(f"version={trial.served.pin} cannot score what it is compared on")
+            return
+        if self.compared[0] != trial:
+            self.compared = trial, Comparison()
+        self.compared[1].add(chunk.prompt_of, rewards, tried)
+        self.metrics.compared(self.difference())
+
+    def difference(self) -> Difference:
+        """How the rewards in the shadow differ, as far as this replica knows."""
+        trial, comparison = self.compared
+        return (comparison if trial == self.models.shadow else Comparison()).difference()
+
+    def _load(self, config: ServeConfig) -> RewardModel:
+        model = load_replica(config)
+        self.queue.alone(lambda: warm_up(model))
+        return model
+
+    def check_health(self) -> None:
+        """Serve asks this every few seconds and replaces a replica that keeps raising."""
+        if self.queue.seconds_per_pack > self.config.hang_timeout_s:
+            raise ServiceError(
+                f"a pack has been computing for {self.queue.seconds_per_pack:.0f} s, "
+                f"hang_timeout_s is {self.config.hang_timeout_s:g}; waiting: {self.in_progress}"
+            )
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks this for its autoscaling policy: autoscale.py."""
+        return self.demand.report()
+
+    def catch_up(self) -> dict[str, Any]:
+        """Compare with what is wanted, soon; stats as they are."""
+        self.models.hasten()
+        return self.stats()
+
+    def stats(self) -> dict[str, Any]:
+        """What this replica did since it started, and what waits."""
+        model, staged = self.models.model, self.models.record.staged
+        return {
+            "pid": os.getpid(),
+            "version": model.version,
+            "versions": sorted(self.models.held),
+            "dtype": model.dtype,
+            "failed": {version: of.why for version, of in self.models.failed.items()},
+            "staged": staged.id if staged else "",
+            "shadow": self.models.shadow.served.pin if self.models.shadow else "",
+            "calls": self.calls,
+            "refused": self.refused,
+            "forwards": sum(of.forwards for of in model.rewards.values()),
+            "computed_tokens": self.queue.computed_tokens,
+            "queued_tokens": self.queue.queued_tokens,
+            "admitted_tokens": self.queue.admitted_tokens,
+            "rows_found": self.known.rows_found,
+        }
+
+
+def encode(model: RewardModel, chunk: Chunk) -> Encoded:
+    return model.encode(chunk.rows(), chunk.tokenizer)
+
+
+def load_replica(config: ServeConfig) -> RewardModel:
+    """One copy of the model, on the device and the threads that its config gives it."""
+    if not config.gpus_per_replica:
+        torch.set_num_threads(max(1, int(config.cpus_per_replica)))
+    return RewardModel.load(
+        config.export,
+        "cuda" if config.gpus_per_replica else "cpu",
+        config.dtype,
+        adapters=config.adapters,
+        max_length=config.max_length,
+        overlong=config.overlong,
+        tokens_per_pack=config.tokens_per_pack,
+        deterministic=config.deterministic,
+    )
+
+
+def warm_up(model: RewardModel) -> None:
+    """Touch the template, the kernels and the largest pack, so that what fails, fails now."""
+    for of in model.rewards.values():
+        of.score(["Hello"] * 2, ["Yes.", "No, not at all."])
+    longest = min(model.template.spec.max_length, model.tokens_per_pack)
+    row = np.zeros(longest, dtype=np.int32)
+    model.score_groups([TokenGroup(row[:0], (row,))] * (model.tokens_per_pack // longest))
+    for of in model.rewards.values():
+        of.forwards = 0

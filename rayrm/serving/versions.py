@@ -1,0 +1,250 @@
+"""The models that a replica holds: what the application's record wants, and the one before.
+
+A replica compares itself with the record when it starts and every few seconds. Knows nothing of
+queues.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+from ray.experimental.internal_kv import (
+    _internal_kv_get,
+    _internal_kv_put,
+)
+
+from rayrm.config import OWN, ServeConfig
+from rayrm.errors import ExportError, VersionGone
+from rayrm.model.engine import RewardModel
+from rayrm.model.hardware import Dtype, fast_dtype
+from rayrm.serving.callers import lives
+from rayrm.serving.record import (
+    DTYPES,
+    Record,
+    Served,
+    Trial,
+    change_record,
+    read_record,
+    renamed,
+    together,
+    unstaged,
+)
+
+logger = logging.getLogger("ray.serve")
+
+# How often a replica compares itself with the record; being told to is only faster.
+COMPARE_S = 2.0
+
+# A step that is pinned to the model before still sends chunks, after waits of some seconds too.
+LINGER_S = 10.0
+
+# Seconds until a model that could not be loaded is tried again, doubled each time up to the second.
+RETRY_S = (COMPARE_S, 60.0)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a model could not be loaded, how often, and when it is tried again (time.monotonic)."""
+
+    why: str
+    times: int
+    again_at: float
+
+
+def decide_dtype(app: str, config: ServeConfig) -> Dtype:
+    """What the application computes in: by name, or what its first replica's machine is fast in.
+
+    Of replicas that start at once one decides, and those that come later compute the same: a
+    version has one kind of bits. Kept until the record is deleted.
+    """
+    device = "cuda" if config.gpus_per_replica else "cpu"
+    if config.dtype != "auto":
+        return config.dtype
+    fast = fast_dtype(device)
+    at = {"key": app.encode(), "namespace": DTYPES}
+    _internal_kv_put(**at, value=fast.encode(), overwrite=False)
+    decided = cast(Dtype, _internal_kv_get(**at).decode())
+    if decided != fast:
+        logger.warning(
+            f"{app} computes in {decided}, which its first replica decided; this machine is faster "
+            f"in {fast}"
+        )
+    return decided
+
+
+class Models:
+    """The models that a replica holds: what the record wants, and the one before while it is used.
+
+    A model is held by what steps are pinned to: its version and those of its adapters. load makes
+    a model of a config, ready to score; it runs beside the current model. tell is told what is
+    held, which of it is current, and what is in the shadow, whenever that was compared with what is
+    wanted.
+    """
+
+    def __init__(
+        self,
+        app: str,
+        config: ServeConfig,
+        load: Callable[[ServeConfig], RewardModel],
+        tell: Callable[[Collection[RewardModel], RewardModel, Trial | None], None],
+    ) -> None:
+        self.app = app
+        self.config = config
+        self.load = load
+        self.tell = tell
+        self.dtype = decide_dtype(app, config)
+        self.held: dict[str, RewardModel] = {}
+        self.failed: dict[str, Failure] = {}
+        self._asked: dict[str, float] = {}
+        self._changing = threading.Lock()
+        self._wake = threading.Event()
+        self.shadow: Trial | None = None
+        self.record = self._start()
+        self.current = self.record.current.pin
+        self.model = self.held[self.current]
+        self.tell(self.held.values(), self.model, self.shadow)
+        threading.Thread(target=self._follow, name="follow", daemon=True).start()
+
+    async def get(self, version: str) -> RewardModel:
+        """The model of that version, "" for the current one. Raises VersionGone."""
+        if not version:
+            return self.model
+        if (model := self.held.get(version)) is None:
+            model = await asyncio.to_thread(self._obtain, version)
+        self._asked[version] = time.monotonic()
+        return model
+
+    def hasten(self) -> None:
+        """Compare soon."""
+        self._wake.set()
+
+    def compare(self) -> None:
+        """Load what the record wants, drop what it does not want and nobody asks for."""
+        with self._changing:
+            record = read_record(self.app)
+            if record and record.staged and not lives(record.staged.owner):
+                logger.warning(f"staged={record.staged.served.pin} is nobody's: its owner died")
+                record = change_record(self.app, unstaged(record.staged))
+            if record is None:  # the application is being deleted
+                return
+            if record != self.record:
+                self.failed = {}
+            self.record = record
+            for served in record.wanted:
+                if served.pin not in self.held and not self._paused(served.pin):
+                    self._try(served)
+            if model := self.held.get(record.current.pin):
+                self.current, self.model = record.current.pin, model
+            self.shadow = record.trial if record.trial and not record.trial.share else None
+            versions = {served.pin for served in record.wanted} | {self.current}
+            for version in self.held.keys() - versions:
+                if time.monotonic() - self._asked.get(version, 0.0) > LINGER_S:
+                    del self.held[version]
+                    logger.info(f"dropped version={version}")
+            self.tell(self.held.values(), self.model, self.shadow)
+
+    def _obtain(self, version: str) -> RewardModel:
+        """Hold what is wanted though nobody told this replica yet; what is not wanted is gone."""
+        record = read_record(self.app)
+        if record and version in {served.pin for served in record.wanted}:
+            if failure := self._paused(version):
+                raise VersionGone(f"a replica cannot load {version} for now: {failure.why}")
+            self.compare()
+        if (model := self.held.get(version)) is None:
+            raise VersionGone(f"{version} is not served (any more); {self.current} is")
+        return model
+
+    def _start(self) -> Record:
+        """Load what is wanted: by the record, or by a Serve config that came after it."""
+        record, own = read_record(self.app), together(self.config.export, self.config.adapters)
+        if record is None or record.started != own:
+            served = self._load(None)
+            record = change_record(self.app, partial(self._started, served))
+            assert record is not None
+        if record.current.pin not in self.held:
+            self._load(record.current)
+            record = read_record(self.app) or record  # which may have got a new name
+        return record
+
+    def _started(self, served: Served, record: Record | None) -> Record:
+        """The record where Serve starts replicas with what this one was started with."""
+        started = together(self.config.export, self.config.adapters)
+        if record and record.started == started:  # another replica was first
+            return record
+        config = self.config.model_copy(update={"app": self.app})
+        previous = record and record.before(served)
+        return Record(config=config, started=started, current=served, previous=previous)
+
+    def _follow(self) -> None:
+        while True:
+            self._wake.wait(COMPARE_S)
+            self._wake.clear()
+            try:
+                self.compare()
+            except Exception:  # the GCS may be away for a moment: what is held goes on being served
+                logger.exception("could not compare with what is wanted")
+
+    def _try(self, served: Served) -> None:
+        try:
+            self._load(served)
+        except Exception as error:
+            before = self.failed.get(served.pin)
+            times = before.times + 1 if before else 1
+            pause = min(RETRY_S[0] * 2 ** (times - 1), RETRY_S[1])
+            logger.exception(f"could not load version={served.pin}, again in {pause:.0f} s")
+            why = f"{type(error).__name__}: {error}"
+            failure = Failure(why, times, time.monotonic() + pause)
+            self.failed = {**self.failed, served.pin: failure}
+
+    def _paused(self, version: str) -> Failure | None:
+        """Why that is not tried yet."""
+        failure = self.failed.get(version)
+        return failure if failure and time.monotonic() < failure.again_at else None
+
+    def _load(self, wanted: Served | None) -> Served:
+        """Hold what is wanted, by default what the config says; what that is."""
+        config = self.config.model_copy(update={"dtype": self.dtype})
+        if wanted:
+            config = config.model_copy(update=wanted.place)
+        started = time.monotonic()
+        model = self.load(config)
+        served = Served(
+            export=config.export,
+            version=model.version,
+            adapters={
+                name: Served(export=config.adapters[name], version=adapter.version)
+                for name, adapter in model.adapters.items()
+            },
+        )
+        if wanted and served != wanted and known_before(model, wanted):
+            logger.warning(
+                f"{wanted.pin} is called {served.pin} from now on: a version names the chat "
+                "template and the tokenizer's files as well"
+            )
+            change_record(self.app, renamed(wanted, served))
+        elif wanted and served != wanted:
+            raise ExportError(
+                f"{config.export} holds {served.pin}, and not {wanted.pin}, which was there when "
+                "it was deployed: deploy it again"
+            )
+        self.held[served.pin] = model
+        logger.info(
+            f"loaded version={served.pin} dtype={self.dtype} took={time.monotonic() - started:.1f}s"
+        )
+        return served
+
+
+def known_before(model: RewardModel, wanted: Served) -> bool:
+    """Whether that is how versions were called before they named more than weights and format."""
+    named = {OWN: wanted, **wanted.adapters}
+    return named.keys() == model.rewards.keys() and all(
+        of.export is not None and named[name].version in of.export.old_versions
+        for name, of in model.rewards.items()
+    )

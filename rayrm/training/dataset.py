@@ -1,0 +1,347 @@
+"""Preferences as ids: a table of groups on disk, encoded once, and the order they are trained in.
+
+Text becomes ids up front, cached as Arrow under the user's cache by content, and is read from there
+by every rank. Knows nothing of models or ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, load_from_disk
+from datasets.utils.logging import disable_progress_bar
+from numpy.typing import NDArray
+
+from rayrm.data.records import Group, data_fingerprint
+from rayrm.errors import DataError, EmptyResponse, RowError, RowTooLong
+from rayrm.packing import Ids, TokenGroup, plan_packs
+from rayrm.rows import Row
+from rayrm.text.fingerprints import fingerprint_of_text
+from rayrm.text.template import Overlong, Template
+from rayrm.training.parts import connected, split_pairs
+
+# Part of the cache's key: goes up whenever the same groups would be encoded differently.
+ENCODING = 3
+
+# So many bad responses are told; the others are counted.
+TOLD = 10
+
+
+@dataclass(frozen=True)
+class PreferenceGroup:
+    """A group of ids and its N preferred pairs: chosen, rejected [N] index its responses.
+
+    Pairs of one choice [N], counted from 0, are one response chosen before several. It may be a
+    part of a prompt: prompt_pairs and prompt_choices count those of all its parts.
+    """
+
+    tokens: TokenGroup
+    chosen: NDArray[np.int64]
+    rejected: NDArray[np.int64]
+    margin: NDArray[np.float32]
+    label: NDArray[np.float32]
+    choice: NDArray[np.int64]
+    prompt_pairs: int
+    prompt_choices: int
+    subset: str
+    source: str
+
+    @property
+    def pairs(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def choices(self) -> int:
+        return int(self.choice.max()) + 1
+
+    def part(self, pairs: NDArray[np.int64]) -> PreferenceGroup:
+        """The group of some of its pairs, by index in their order, and the responses in them."""
+        if len(pairs) == self.pairs:
+            return self
+        ends = self.chosen[pairs], self.rejected[pairs]
+        kept = np.unique(ends)
+        prefix, suffixes = self.tokens.prefix, self.tokens.suffixes
+        chosen, rejected = np.searchsorted(kept, ends)
+        return replace(
+            self,
+            tokens=TokenGroup.from_rows([np.concatenate([prefix, suffixes[i]]) for i in kept]),
+            chosen=chosen,
+            rejected=rejected,
+            margin=self.margin[pairs],
+            label=self.label[pairs],
+            choice=np.unique(self.choice[pairs], return_inverse=True)[1],
+        )
+
+    def pieces(self, budget: int) -> list[PreferenceGroup]:
+        """Parts that share no response, of at most `budget` tokens where what connects allows."""
+        if self.tokens.tokens <= budget:
+            return [self]
+        parts = [np.array(pairs) for pairs in connected(self.chosen, self.rejected)]
+        lengths = np.array([len(suffix) for suffix in self.tokens.suffixes])
+        costs = [int(lengths[np.unique([self.chosen[p], self.rejected[p]])].sum()) for p in parts]
+        plans = plan_packs(costs, budget - len(self.tokens.prefix))
+        return [self.part(np.sort(np.concatenate([parts[i] for i in plan]))) for plan in plans]
+
+
+@dataclass
+class EncodeReport:
+    """What encoding did to the data; everything that is not trained on is counted here."""
+
+    groups: int = 0
+    pairs: int = 0
+    split_groups: int = 0
+    truncated_groups: int = 0
+    overlong_responses: int = 0
+    empty_responses: int = 0
+    dropped_pairs: int = 0
+    identical_pairs: int = 0
+    bad_responses: int = 0
+    """That the template refuses, or drops something of."""
+    bad: list[str] = field(default_factory=list)
+    """One message for each of the first of them."""
+
+    def __str__(self) -> str:
+        counted = {k: v for k, v in asdict(self).items() if v and k != "bad"}
+        counts = ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in counted.items())
+        first = f"; the first bad response: {self.bad[0]}" if self.bad else ""
+        return f"encoded {counts}{first}"
+
+
+@dataclass(frozen=True)
+class PreferenceData:
+    """Groups, or parts of them, on disk, read one by one.
+
+    fingerprint names their text, text_to_ids what made ids of it (fingerprints.py).
+    """
+
+    table: Dataset
+    report: EncodeReport
+    fingerprint: str
+    text_to_ids: str
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> PreferenceGroup:
+        row = self.table[index]
+        return PreferenceGroup(
+            TokenGroup(_ids(row["prefix"]), tuple(map(_ids, row["suffixes"]))),
+            np.array(row["chosen"], dtype=np.int64),
+            np.array(row["rejected"], dtype=np.int64),
+            np.array(row["margin"], dtype=np.float32),
+            np.array(row["label"], dtype=np.float32),
+            np.array(row["choice"], dtype=np.int64),
+            row["prompt_pairs"],
+            row["prompt_choices"],
+            row["subset"],
+            row["source"],
+        )
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of all rows."""
+        columns = (self.table.data.column(name) for name in ("prefix", "suffixes"))
+        prefixes, suffixes = map(pc.list_flatten, columns)
+        largest = (pc.max(ids).as_py() for ids in (prefixes, pc.list_flatten(suffixes)))
+        return max(i for i in largest if i is not None)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether no pair has a winner: every label is a half."""
+        return bool(pc.all(pc.equal(pc.list_flatten(self.table.data.column("label")), 0.5)).as_py())
+
+
+def encode_groups(
+    groups: Sequence[Group],
+    template: Template,
+    overlong: Overlong,
+    *,
+    together: bool = True,
+    pairs_per_group: int | None = None,
+    whole_choices: bool = False,
+    on_bad_record: Literal["error", "skip"] = "error",
+) -> PreferenceData:
+    """Encode groups, or read them from the cache if the same ones were encoded before.
+
+    together, as in training: overlong "truncate" cuts a group's prompt from the left so that its
+    longest row fits max_length, the same for all of its responses, and pairs that became identical
+    are left out. Else every row is cut by itself and such a pair stays, as where it is served.
+    overlong "error" leaves over-long responses out. All is counted. A group of more pairs than
+    pairs_per_group is split into parts; whole_choices keeps the pairs of a choice in one part.
+    on_bad_record "skip" counts a response that cannot be encoded at all, and leaves it out with the
+    pairs it is in. Raises DataError where there is such a one otherwise, or nothing is left.
+    """
+    made_from = data_fingerprint(groups)
+    text_to_ids = fingerprint_of_text(template.tokenizer, datetime.now())
+    choices = [[p.choice for p in group.preferences] for group in groups]
+    asked = [overlong, together, pairs_per_group, whole_choices]
+    key = json.dumps([ENCODING, made_from, choices, asdict(template.spec), text_to_ids, asked])
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rayrm" / "encoded"
+    directory = cache / hashlib.sha256(key.encode()).hexdigest()[:32]
+    if not directory.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        report = EncodeReport()
+        rows = [
+            _as_row(part)
+            for group in _encode(groups, template, overlong, together, report)
+            for part in _split(group, pairs_per_group, whole_choices, report)
+        ]
+        if not rows:
+            raise DataError(f"no pair is left of those from {groups[0].source} on: {report}")
+        disable_progress_bar()
+        partial = Path(tempfile.mkdtemp(dir=cache))
+        Dataset.from_list(rows).save_to_disk(partial)
+        (partial / "report.json").write_text(json.dumps(asdict(report)))
+        try:
+            partial.rename(directory)
+        except OSError:
+            if not directory.exists():
+                raise
+            shutil.rmtree(partial)  # another rank was first
+    report = EncodeReport(**json.loads((directory / "report.json").read_text()))
+    if report.bad and on_bad_record == "error":
+        raise DataError(report.bad[0])
+    return PreferenceData(load_from_disk(str(directory)), report, made_from, text_to_ids)
+
+
+def _encode(
+    groups: Sequence[Group],
+    template: Template,
+    overlong: Overlong,
+    together: bool,
+    report: EncodeReport,
+) -> Iterator[PreferenceGroup]:
+    rows = [
+        [Row(g.prompt, r, f, g.tools) for r, f in zip(g.responses, g.finished, strict=True)]
+        for g in groups
+    ]
+    encoded = iter(template.encode([row for group in rows for row in group]))
+    for group, group_rows in zip(groups, rows, strict=True):
+        ids = _fit_group(
+            [next(encoded) for _ in group_rows],
+            group,
+            group_rows,
+            template,
+            overlong,
+            together,
+            report,
+        )
+        pairs = [p for p in group.preferences if p.chosen in ids and p.rejected in ids]
+        report.dropped_pairs += len(group.preferences) - len(pairs)
+        if together:
+            differ = [p for p in pairs if not np.array_equal(ids[p.chosen], ids[p.rejected])]
+            report.identical_pairs += len(pairs) - len(differ)
+            pairs = differ
+        if not pairs:
+            continue
+        kept = sorted({i for p in pairs for i in (p.chosen, p.rejected)})
+        choice = np.unique([p.choice for p in pairs], return_inverse=True)[1]
+        report.groups += 1
+        report.pairs += len(pairs)
+        yield PreferenceGroup(
+            tokens=TokenGroup.from_rows([ids[i] for i in kept]),
+            chosen=np.searchsorted(kept, [p.chosen for p in pairs]),
+            rejected=np.searchsorted(kept, [p.rejected for p in pairs]),
+            margin=np.array([p.margin for p in pairs], dtype=np.float32),
+            label=np.array([p.label for p in pairs], dtype=np.float32),
+            choice=choice,
+            prompt_pairs=len(pairs),
+            prompt_choices=int(choice.max()) + 1,
+            subset=group.subset,
+            source=group.source,
+        )
+
+
+def _split(
+    group: PreferenceGroup, limit: int | None, whole_choices: bool, report: EncodeReport
+) -> list[PreferenceGroup]:
+    atoms = group.choice if whole_choices else np.arange(group.pairs)
+    parts = split_pairs(group.chosen, group.rejected, atoms, limit)
+    report.split_groups += len(parts) > 1
+    return [group.part(pairs) for pairs in parts]
+
+
+def _as_row(group: PreferenceGroup) -> dict[str, Any]:
+    columns = {f.name: getattr(group, f.name) for f in fields(group) if f.name != "tokens"}
+    return {"prefix": group.tokens.prefix, "suffixes": list(group.tokens.suffixes), **columns}
+
+
+def _fit_group(
+    encoded: Sequence[Ids | RowError],
+    group: Group,
+    rows: Sequence[Row],
+    template: Template,
+    overlong: Overlong,
+    together: bool,
+    report: EncodeReport,
+) -> dict[int, Ids]:
+    """Rows by response index that fit max_length, after the group's one cut, or each row's own."""
+    ids: dict[int, Ids] = {}
+    cut = False
+    for i, result in enumerate(encoded):
+        if isinstance(result, EmptyResponse):
+            report.empty_responses += 1
+        elif isinstance(result, RowTooLong):
+            report.overlong_responses += 1
+        elif isinstance(result, RowError):
+            report.bad_responses += 1
+            if len(report.bad) < TOLD:
+                report.bad.append(f"{group.source}: response {i + 1}: {result}")
+        else:
+            fitted, shorter = template.fit(rows[i], result, overlong)
+            if isinstance(fitted, RowError):
+                report.overlong_responses += 1
+            else:
+                ids[i] = result if together else fitted
+                cut |= shorter
+    report.truncated_groups += cut
+    if not (cut and together):
+        return ids
+    alike, _ = template.fit_alike([rows[i] for i in ids], list(ids.values()), overlong)
+    fits = {i: of for i, of in zip(ids, alike, strict=True) if not isinstance(of, RowError)}
+    report.overlong_responses += len(ids) - len(fits)
+    return fits
+
+
+def _ids(values: list[int]) -> Ids:
+    return np.array(values, dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which groups make up which optimizer step: a function of seed, epoch and data alone."""
+
+    groups: int
+    groups_per_step: int
+    epochs: float
+    seed: int
+    fingerprint: str
+    _orders: dict[int, NDArray[np.int64]] = field(default_factory=dict, compare=False)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.groups / self.groups_per_step)
+
+    @property
+    def steps(self) -> int:
+        return max(1, round(self.epochs * self.steps_per_epoch))
+
+    def __getitem__(self, step: int) -> list[int]:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch not in self._orders:
+            rng = np.random.default_rng([self.seed, epoch, int(self.fingerprint[:16], 16)])
+            self._orders[epoch] = rng.permutation(self.groups)
+        start = place * self.groups_per_step
+        return [int(i) for i in self._orders[epoch][start : start + self.groups_per_step]]
