@@ -29,8 +29,8 @@ from rayrm import RewardClient, RewardModel, ServeConfig, TrainConfig, deploy, f
 from rayrm.training import fit as train
 from rayrm.training import loop
 from rayrm.training.loop import train_loop
-from tests.conftest import make_base
-from tests.test_kill import (
+from tests.makers import make_base
+from tests.training.test_kill import (
     Noting,
     configure,
     notes,

@@ -22,8 +22,8 @@ from ray.cluster_utils import Cluster
 from rayrm import RewardClient, RewardModel, ServeConfig
 from rayrm.errors import RowTooLong
 from rayrm.serving import operations as service
-from tests.test_faults import APP, Actor, FaultyReplica, under_load
-from tests.test_serve import texts, until
+from tests.service import texts, until
+from tests.serving.test_faults import APP, Actor, FaultyReplica, under_load
 
 STORE_BYTES = 100 * 2**20
 

@@ -11,8 +11,8 @@ from schemathesis.generation import GenerationMode
 
 from rayrm.model.engine import RewardModel
 from tests import test_input
-from tests.test_endpoint import ask
-from tests.test_input import (
+from tests.service import ask
+from tests.serving.test_input import (
     APP,
     AUTHORIZED,
     FUZZ,

@@ -21,7 +21,7 @@ from rayrm.model.engine import RewardModel
 from rayrm.rows import Rewards, make_rows
 from rayrm.serving.client import RewardClient
 from rayrm.serving.operations import deploy
-from tests.test_serve import stats, texts
+from tests.service import stats, texts
 
 APP = "soaked"
 SECONDS = 600

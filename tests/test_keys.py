@@ -26,7 +26,7 @@ from rayrm.serving.chunk import Step
 from rayrm.serving.client import RewardClient
 from rayrm.serving.operations import deploy
 from rayrm.training.dataset import encode_groups
-from tests.conftest import make_export
+from tests.makers import make_export
 
 # Writes all that a message may hold, and tools.
 TEMPLATE = """{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>\

@@ -27,8 +27,8 @@ from rayrm.serving.metrics import ServeMetrics
 from rayrm.training.fit import make_trainer, run_directory
 from rayrm.training.loop import Rank
 from rayrm.training.metrics import EVALUATION, STEP, TrainMetrics
-from tests.conftest import make_base, samples_at
-from tests.test_serve import until
+from tests.makers import make_base
+from tests.service import samples_at, until
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

@@ -23,10 +23,10 @@ from rayrm.serving import versions
 from rayrm.serving.corpus import Parts, score_corpus
 from rayrm.serving.operations import deploy
 from rayrm.training.run import read_config
-from tests.conftest import make_base, make_export
-from tests.test_kill import write_pairs
-from tests.test_serve import stats
-from tests.test_train import configure
+from tests.makers import make_base, make_export
+from tests.service import stats
+from tests.training.test_fit import configure
+from tests.training.test_kill import write_pairs
 
 
 def by_name(export: Path) -> dict[str, Any]:
