@@ -44,6 +44,7 @@ from rayrm.data.sources import open_sources
 from rayrm.model.net import RewardNet, load_base, pack_tensors, save_weights
 from rayrm.packing import Pack, TokenGroup, share_packs
 from rayrm.rows import Rewards, Row
+from rayrm.serving import application
 from rayrm.serving import operations as service
 from rayrm.serving.callers import this_caller
 from rayrm.serving.chunk import Chunk
@@ -643,7 +644,7 @@ def side_replicas(start: str, repeats: str) -> None:
     ray.init(num_cpus=8, log_to_driver=False, logging_level=logging.ERROR)
     seconds: dict[str, dict[int, list[float]]] = {}
     for kind, counts, groups in (("compute", (1, 2), 8), ("sleep", (1, 2, 4, 8), 160)):
-        service.Replica = Sleeping if kind == "sleep" else Replica  # type: ignore[misc]
+        application.Replica = Sleeping if kind == "sleep" else Replica  # type: ignore[attr-defined]
         seconds[kind] = {n: [] for n in counts}
         for n in counts:
             config = {"dtype": "bfloat16", "max_length": 2048, "cache_bytes": 0}
@@ -682,7 +683,7 @@ def stub_seconds(repeats: int) -> dict[str, list[float]]:
     prompts = [rng.integers(0, 49152, 800).astype(np.int32) for _ in range(1024)]
     responses = [rng.integers(0, 49152, 200).astype(np.int32) for _ in range(1024)]
     handle = serve.get_app_handle("stub")
-    ticket = Ticket("step", 0, this_caller())
+    ticket = Ticket("step", "0", this_caller())
     client.score(prompts[:8], responses[:8], tokenizer="stub")
     seconds: dict[str, list[float]] = {"stub": [], "stub, one call per row": []}
     for _ in range(5 * repeats):  # milliseconds each, and the first are of a cold process

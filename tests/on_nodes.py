@@ -21,6 +21,7 @@ from ray.cluster_utils import Cluster
 
 from rayrm import RewardClient, RewardModel, ServeConfig
 from rayrm.errors import RowTooLong
+from rayrm.serving import application
 from rayrm.serving import operations as service
 from tests.service import texts, until
 from tests.serving.test_faults import APP, Actor, FaultyReplica, under_load
@@ -32,7 +33,7 @@ def main(fault: str, rounds: int, export: str, found_file: str) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={**node(0), "resources": {"head": 1}})
     serving = [cluster.add_node(**node(1)) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False)
-    service.Replica = FaultyReplica  # type: ignore[misc]
+    application.Replica = FaultyReplica  # type: ignore[attr-defined]
     service.deploy(
         ServeConfig(
             export=export, dtype="float32", app=APP, replicas=2, tokens_per_pack=1024, cache_bytes=0

@@ -195,6 +195,7 @@ class SimulatedHandle(Transport):
     name = "simulated"
 
     def __init__(self, replicas: Sequence[SimulatedReplica]) -> None:
+        self.replicas = len(replicas)
         self.router = PowerOfTwoChoicesRequestRouter(
             deployment_id=DeploymentID("Replica", "simulated"),
             handle_source=DeploymentHandleSource.REPLICA,
@@ -203,6 +204,12 @@ class SimulatedHandle(Transport):
         )
         self.router.update_replicas(cast(list[RunningReplica], list(replicas)))
         self.numbers = count()
+
+    def caller(self, name: str | None) -> Caller:
+        return Caller(name or "caller", "job", "")
+
+    async def find(self, caller: Caller, rewards: tuple[str, ...], version: str) -> Target:
+        return Target(self.replicas, TOKENS_PER_PACK, "simulated")
 
     async def call(self, target: Target, chunk: Chunk, ticket: Ticket) -> Answer:
         reply = await asyncio.ensure_future(self._request(chunk, ticket))
@@ -315,8 +322,8 @@ async def _simulate(
 
     async def call(number: int, steps: Sequence[Sequence[Row]]) -> None:
         handle = SimulatedHandle(replicas)
-        target = Target(len(replicas), TOKENS_PER_PACK, "simulated")
-        caller = Caller(f"caller {number}", "job", "")
+        caller = handle.caller(f"caller {number}")
+        target = await handle.find(caller, (OWN,), "")
 
         async def score(s: int, rows: Sequence[Row]) -> None:
             sending = Sending(handle, target, f"{number}-{s}", caller)

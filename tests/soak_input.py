@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from schemathesis.generation import GenerationMode
 
 from rayrm.model.engine import RewardModel
-from tests import test_input
 from tests.service import ask
+from tests.serving import test_input
 from tests.serving.test_input import (
     APP,
     AUTHORIZED,

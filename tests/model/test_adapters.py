@@ -30,7 +30,7 @@ from rayrm.serving.operations import rollback
 from rayrm.serving.record import read_record as read_served
 from rayrm.serving.sending import Sending
 from rayrm.serving.ticket import Caller, Ticket
-from rayrm.serving.transports import Answer, Target, Transport
+from rayrm.serving.transports import Answer, Target
 from rayrm.training.fit import write_export
 from rayrm.training.setup import load_model
 from tests.makers import make_base
@@ -471,11 +471,19 @@ def test_another_adapter_takes_over_and_a_step_has_one_version_of_each_reward(
     near(served.score(*ROWS, rewards=["helpful"])["helpful"], merged["helpful"])
 
 
-class Noting(Transport):
+class Noting:
     """Notes tickets, and every reward is 0."""
+
+    name = "noting"
 
     def __init__(self) -> None:
         self.tickets: list[Ticket] = []
+
+    def caller(self, name: str | None) -> Caller:
+        return Caller("me", "job", "")
+
+    async def find(self, caller: Caller, rewards: tuple[str, ...], version: str) -> Target:
+        return Target(1, 512, "pinned", rewards)
 
     async def call(self, target: Target, chunk: Chunk, ticket: Ticket) -> Answer:
         self.tickets.append(ticket)
@@ -487,7 +495,8 @@ class Noting(Transport):
 
 def test_a_step_of_two_rewards_is_twice_the_work_that_replicas_are_told_of() -> None:
     def told(*rewards: str) -> int:
-        transport, target = Noting(), Target(1, 512, "pinned", rewards)
+        transport = Noting()
+        target = asyncio.run(transport.find(transport.caller(None), rewards, ""))
         sending = Sending(transport, target, "step", Caller("me", "job", ""))
         scored = asyncio.run(sending.send(Step(make_rows(*ROWS)), None, None))
         assert list(scored) == list(rewards)

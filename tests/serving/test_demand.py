@@ -32,7 +32,7 @@ def in_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]
 
 
 def one_row(step: str, tokens: int) -> Ticket:
-    return Ticket(step, 0, HTTP, outstanding=tokens, replicas=REPLICAS)
+    return Ticket(step, "0", HTTP, outstanding=tokens, replicas=REPLICAS)
 
 
 def outstanding(replicas: Sequence[Demand]) -> float | None:
@@ -74,7 +74,7 @@ async def test_steps_that_all_replicas_hear_of_count_once() -> None:
     replicas = [Demand() for _ in range(REPLICAS)]
     with ExitStack() as here:
         for n in range(8):
-            step = Ticket(f"{n}", 0, HTTP, "", 50_000, 46_000, REPLICAS, spread=True)
+            step = Ticket(f"{n}", "0", HTTP, "", 50_000, 46_000, REPLICAS, spread=True)
             for replica in replicas:
                 here.enter_context(replica.chunk(step, 1000))
         assert outstanding(replicas) == 8 * 50_000
@@ -85,10 +85,10 @@ async def test_steps_that_all_replicas_hear_of_count_once() -> None:
 @in_loop
 async def test_a_step_ends_where_its_last_answer_leaves() -> None:
     replicas = [Demand() for _ in range(2)]
-    with replicas[0].chunk(Ticket("s", 0, HTTP, "", 3000, 2000, 2, spread=True), 1000):
-        with replicas[1].chunk(Ticket("s", 1, HTTP, "", 3000, 1000, 2, spread=True), 1000):
+    with replicas[0].chunk(Ticket("s", "0", HTTP, "", 3000, 2000, 2, spread=True), 1000):
+        with replicas[1].chunk(Ticket("s", "1", HTTP, "", 3000, 1000, 2, spread=True), 1000):
             assert outstanding(replicas) == 3000  # the second knows best what waits
-        last = Ticket("s", 2, HTTP, "", 2000, 0, 2, spread=True)
+        last = Ticket("s", "2", HTTP, "", 2000, 0, 2, spread=True)
         with replicas[1].chunk(last, 1000):
             assert outstanding(replicas) == 2000
     assert outstanding(replicas) == 0
@@ -98,7 +98,7 @@ async def test_a_step_ends_where_its_last_answer_leaves() -> None:
 @in_loop
 async def test_who_never_hears_of_a_steps_end_does_not_believe_in_it_for_ever() -> None:
     replica = Demand()
-    with replica.chunk(Ticket("s", 0, HTTP, "", 9000, 8000, 2, spread=True), 1000):
+    with replica.chunk(Ticket("s", "0", HTTP, "", 9000, 8000, 2, spread=True), 1000):
         pass
     assert outstanding([replica]) == 8000
     await asyncio.sleep(HEARD_S + 0.1)
@@ -109,7 +109,7 @@ async def test_who_never_hears_of_a_steps_end_does_not_believe_in_it_for_ever() 
 @in_loop
 async def test_what_waits_stands_while_a_slow_pack_computes() -> None:
     replica = Demand()
-    with replica.chunk(Ticket("s", 0, HTTP, "", 9000, 8000, 2, spread=True), 1000):
+    with replica.chunk(Ticket("s", "0", HTTP, "", 9000, 8000, 2, spread=True), 1000):
         await asyncio.sleep(10 * HEARD_S)
         assert outstanding([replica]) == 9000
         # Others may have taken it all by now: packs go by what is surely wanted.
@@ -144,7 +144,7 @@ async def test_who_gave_up_after_refusals_is_forgotten() -> None:
 def test_a_step_that_is_cancelled_or_fails_waits_for_nothing(error: BaseException) -> None:
     async def test() -> None:
         replica = Demand()
-        ticket = Ticket("s", 0, HTTP, "v", 9000, 8000, 2, spread=True)
+        ticket = Ticket("s", "0", HTTP, "v", 9000, 8000, 2, spread=True)
         with pytest.raises(type(error)), replica.chunk(ticket, 1000):
             raise error
         assert outstanding([replica]) == 0
@@ -155,7 +155,7 @@ def test_a_step_that_is_cancelled_or_fails_waits_for_nothing(error: BaseExceptio
 @in_loop
 async def test_a_step_that_begins_again_counts_again() -> None:
     replica = Demand()
-    old = Ticket("s", 0, HTTP, "old", 9000, 8000, 2, spread=True)
+    old = Ticket("s", "0", HTTP, "old", 9000, 8000, 2, spread=True)
     with pytest.raises(VersionGone), replica.chunk(old, 1000):
         raise VersionGone("gone")
     with replica.chunk(replace(old, version="new"), 1000):
@@ -185,6 +185,6 @@ async def test_a_report_is_small_however_many_wait_and_names_the_largest() -> No
 @in_loop
 async def test_a_replica_alone_leaves_nothing_to_others() -> None:
     replica = Demand()
-    with replica.chunk(Ticket("s", 0, HTTP, "", 9000, 8000, replicas=1, spread=True), 1000):
+    with replica.chunk(Ticket("s", "0", HTTP, "", 9000, 8000, replicas=1, spread=True), 1000):
         assert replica.wanted() == (0, float("inf"), 9000)
         assert full_queue(replica).pack == PACK

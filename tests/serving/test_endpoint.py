@@ -10,6 +10,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,20 +22,27 @@ import yaml
 from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
-from rayrm.serving.http.door import read_token
 
 from rayrm.config import ServeConfig
-from rayrm.errors import ConfigError, Overloaded, ServiceError, StepTimeout
+from rayrm.errors import (
+    ConfigError,
+    Overloaded,
+    ServiceError,
+    StepTimeout,
+    UnknownReward,
+    VersionGone,
+)
 from rayrm.model.engine import RewardModel
 from rayrm.serving.application import build
 from rayrm.serving.client import RewardClient
 from rayrm.serving.http.failures import on_service_error
+from rayrm.serving.http.guard import read_token
 from rayrm.serving.operations import deploy, rollback, try_out
 from rayrm.serving.record import Served, change_record, read_record
 from rayrm.serving.transports.handle import REPLICA
 from rayrm.text.fingerprints import fingerprint
 from tests.makers import tiny_tokenizer
-from tests.service import AUTHORIZED, TOKEN, ask, rendered, rows
+from tests.service import AUTHORIZED, TOKEN, ask, assert_same, rendered, rows, texts
 
 ROOT = Path(__file__).parent.parent.parent
 MAX_BYTES = 2**18
@@ -285,6 +294,119 @@ def openrlhf(port: int) -> tuple[int, Any]:
     return ask(port, "/get_reward", {"query": query, "prompts": prompts})
 
 
+@pytest.fixture(params=["handle", "http", "process"])
+def client(request: pytest.FixtureRequest, port: int, local: RewardModel) -> RewardClient:
+    """Each way to the same model."""
+    url = f"http://127.0.0.1:{port}"
+    return {
+        "handle": RewardClient("web"),
+        "http": RewardClient(url=url, token=TOKEN),
+        "process": RewardClient(model=local),
+    }[request.param]
+
+
+def test_every_way_to_a_model_gives_the_same_rewards_and_errors(
+    client: RewardClient, local: RewardModel
+) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    prompts: list[Any] = [*PROMPTS, [{"role": "user", "content": "Ünïcödé 😀"}], "a", "a", 3]
+    responses: list[Any] = [
+        *RESPONSES,
+        [{"role": "assistant", "content": "Blue."}],
+        "",
+        "plum " * 300,
+        "b",
+    ]
+    finished = [i != 1 for i in range(len(prompts))]
+    told = [None, tools, *[None] * 6]  # which the template refuses
+    for options in ({"finished": finished}, {"tools": told}):
+        expected = local.score(prompts, responses, **options)
+        assert_same(client.score(prompts, responses, **options), expected)
+    tokenizer = tiny_tokenizer()
+    ids: tuple[list[Any], list[Any]] = (
+        [[5, 6, 7], np.array([8, 9])],
+        [[10], np.array([2**20])],
+    )
+    assert_same(client.score(*ids, tokenizer=tokenizer), local.score(*ids, tokenizer=tokenizer))
+    with pytest.raises(UnknownReward, match="no reward 'safety'"):
+        client.score(["a"], ["b"], rewards=["safety"])
+    assert_same(client.score(["a"], ["b"], version=local.version), local.score(["a"], ["b"]))
+    with pytest.raises(VersionGone, match="gone@1 is not served"):
+        client.score(["a"], ["b"], version="gone@1")
+
+
+def test_a_step_over_http_is_pinned_by_its_first_answer(
+    port: int, local: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rayrm.serving.transports import http as over_http
+
+    sent: list[dict[str, Any]] = []
+    plain = over_http.body_of
+
+    def noting(*asked: Any) -> dict[str, Any]:
+        sent.append(plain(*asked))
+        return sent[-1]
+
+    monkeypatch.setattr(over_http, "body_of", noting)
+    client = RewardClient(url=f"http://127.0.0.1:{port}/", token=TOKEN, caller="rollout-3")
+    assert_same(client.score(*texts(20, 8)), local.score(*texts(20, 8)))
+    first, *others = sent
+    assert first["version"] is None and {body["version"] for body in others} == {local.version}
+    assert len(others) >= 2 and len({body["step"] for body in sent}) == 1
+    assert {body["caller"] for body in sent} == {"rollout-3"}
+    assert first["outstanding"] > others[-1]["outstanding"] > 0
+
+
+def test_over_http_it_is_said_what_is_wrong(port: int) -> None:
+    url = f"http://127.0.0.1:{port}"
+    with pytest.raises(ServiceError, match="answered 401: send the header Authorization"):
+        RewardClient(url=url, token="guess").score(["a"], ["b"])
+    with pytest.raises(ServiceError, match="answered 404"):
+        RewardClient(url=f"{url}/nothing", token=TOKEN).score(["a"], ["b"])
+    with pytest.raises(ServiceError, match="answered 413: 65 rows"):
+        RewardClient(url=url, token=TOKEN).score(["a"] * 65, [str(i) for i in range(65)])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nobody = free.getsockname()[1]
+    with pytest.raises(ServiceError, match=f"nothing answers at http://127.0.0.1:{nobody}"):
+        RewardClient(url=f"http://127.0.0.1:{nobody}").score(["a"], ["b"])
+
+
+def test_a_caller_over_http_loads_neither_ray_nor_torch(port: int, local: RewardModel) -> None:
+    script = f"""
+import json, sys
+from rayrm import RewardClient
+client = RewardClient(url="http://127.0.0.1:{port}", token={TOKEN!r})
+rewards = client.score({PROMPTS!r}, {RESPONSES!r})
+heavy = {{"ray", "torch", "transformers", "pandas", "datasets"}} & set(sys.modules)
+print(json.dumps([rewards.values.tolist(), sorted(heavy)]))
+"""
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    values, heavy = json.loads(out.stdout)
+    np.testing.assert_allclose(values, local.score(PROMPTS, RESPONSES).values, atol=1e-5)
+    assert heavy == []
+
+
+def test_a_step_in_two_requests_is_scored_by_one_version(
+    port: int, local: RewardModel, other_export: Path
+) -> None:
+    """A part that comes when another version is served has the version that the first was told."""
+    named = rows(PROMPTS, RESPONSES, rewards=["default"], step="one", caller="me")
+    _, first = ask(port, "/score", {**named, "part": "0"})
+    assert first["version"] == local.version
+    old = read_record("web")
+    assert old is not None
+    deploy(old.config.model_copy(update={"export": str(other_export)}))
+    try:
+        status, answer = ask(port, "/score", {**named, "part": "1", "version": first["version"]})
+        assert status in (200, 410)  # replicas hold it for some seconds more
+        if status == 200:
+            assert answer["rewards"]["default"]["versions"] == [local.version] * 4
+        assert ask(port, "/score", named)[1]["version"] != local.version
+    finally:
+        rollback("web")
+
+
 def test_openrlhf_is_scored_by_the_canary_where_its_address_is_drawn(
     port: int, local: RewardModel, other_export: Path
 ) -> None:
@@ -311,7 +433,7 @@ def test_openrlhf_is_scored_by_the_canary_where_its_address_is_drawn(
 
 
 def test_http_gives_up_on_a_version_that_no_replica_has(port: int, tiny_export: Path) -> None:
-    """It asks a few times, with growing pauses, and then says 503."""
+    """It asks a few times, with growing pauses, and then says 410."""
 
     def refused() -> int:
         stats = serve.get_deployment_handle(REPLICA, "web").stats.remote().result(timeout_s=30)
@@ -323,7 +445,7 @@ def test_http_gives_up_on_a_version_that_no_replica_has(port: int, tiny_export: 
     change_record("web", lambda _: record.model_copy(update={"current": gone}))
     try:
         for answer in (openrlhf(port), ask(port, "/score", rows(["a"], ["b"]))):
-            assert answer[0] == 503 and "gone@1" in answer[1]["message"]
+            assert answer[0] == 410 and "gone@1" in answer[1]["message"]
         assert 2 * 3 <= refused() - before <= 2 * 6
     finally:
         change_record("web", lambda _: record)

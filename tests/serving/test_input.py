@@ -25,7 +25,6 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from ray import serve
 from ray.exceptions import RayActorError
-from rayrm.serving.http.door import Door
 from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import (
@@ -40,7 +39,9 @@ from rayrm.errors import RowError, ServiceError
 from rayrm.model.engine import RewardModel
 from rayrm.rows import Rewards
 from rayrm.serving.client import RewardClient
-from rayrm.serving.http.endpoint import REFUSALS, Endpoint
+from rayrm.serving.http.endpoint import Endpoint
+from rayrm.serving.http.failures import REFUSALS
+from rayrm.serving.http.guard import RequestGuard
 from rayrm.serving.operations import deploy
 from rayrm.text.fingerprints import fingerprint
 from tests.makers import tiny_tokenizer
@@ -364,7 +365,7 @@ def through_door(*headers: tuple[bytes, bytes], token: str = "tökén") -> int:
             statuses.append(message["status"])
 
     scope = {"type": "http", "method": "POST", "headers": list(headers)}
-    asyncio.run(Door(app, token.encode(), 1000)(scope, receive, send))
+    asyncio.run(RequestGuard(app, token.encode(), 1000)(scope, receive, send))
     return statuses[0]
 
 

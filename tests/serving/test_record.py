@@ -12,7 +12,7 @@ from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_list, _i
 
 from rayrm.config import ServeConfig
 from rayrm.errors import ServiceError
-from rayrm.serving import versions
+from rayrm.serving import record as records
 from rayrm.serving.callers import this_caller
 from rayrm.serving.operations import switched
 from rayrm.serving.record import (
@@ -39,7 +39,7 @@ def record(app: str = APP, **more: Any) -> Record:
     return Record(config=ServeConfig(export="/old", app=app), started="/old", current=OLD, **more)
 
 
-def noting(label: str) -> versions.Change:
+def noting(label: str) -> records.Change:
     """Adds the label to those that replicas land on: something that writes can lose."""
 
     def change(found: Record | None) -> Record:
@@ -101,16 +101,16 @@ def test_who_reads_and_writes_late_loses_nothing(meanwhile: int) -> None:
 
 
 def test_who_lists_before_others_prune_reads_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
-    numbers = versions._numbers
+    numbers = records._numbers
 
     def slow(app: str) -> list[int]:
         found = numbers(app)
-        monkeypatch.setattr(versions, "_numbers", numbers)
+        monkeypatch.setattr(records, "_numbers", numbers)
         for n in range(KEPT + 2):
             change_record(APP, noting(str(n)))
         return found
 
-    monkeypatch.setattr(versions, "_numbers", slow)
+    monkeypatch.setattr(records, "_numbers", slow)
     assert len(noted()) == KEPT + 2
 
 
@@ -127,18 +127,18 @@ def test_reading_asks_the_gcs_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         return call
 
     for ask in ("_internal_kv_get", "_internal_kv_list"):
-        monkeypatch.setattr(versions, ask, counted(getattr(versions, ask)))
+        monkeypatch.setattr(records, ask, counted(getattr(records, ask)))
     read_record(APP)
     assert len(asked) == 2
 
 
 def test_what_changes_nothing_writes_nothing() -> None:
-    before = versions._latest(APP)
+    before = records._latest(APP)
     change_record(APP, lambda found: found)
-    assert versions._latest(APP) == before
+    assert records._latest(APP) == before
     with pytest.raises(ServiceError, match="no"):
         change_record(APP, refuse)
-    assert versions._latest(APP) == before
+    assert records._latest(APP) == before
 
 
 def refuse(found: Record | None) -> Record | None:

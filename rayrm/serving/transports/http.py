@@ -54,18 +54,8 @@ class HttpTransport:
         return Target(1, version=version, rewards=rewards)
 
     async def call(self, target: Target, chunk: Chunk, ticket: Ticket) -> Answer:
-        body = {
-            "rows": [as_json(row) for row in chunk.rows()],
-            "tokenizer": chunk.tokenizer,
-            "rewards": list(target.rewards),
-            "version": ticket.version or None,
-            "step": ticket.step,
-            "part": ticket.part,
-            "outstanding": ticket.outstanding,
-            "caller": ticket.caller.name,
-        }
         try:
-            response = await self._client().post("/score", json=body)
+            response = await self._client().post("/score", json=body_of(target, chunk, ticket))
         except httpx2.TransportError as error:
             if self._reached:
                 raise Away(f"{error!r}") from error
@@ -104,6 +94,20 @@ class HttpTransport:
                 base_url=self.url, headers=headers, timeout=timeout
             )
         return self._clients[loop]
+
+
+def body_of(target: Target, chunk: Chunk, ticket: Ticket) -> dict[str, Any]:
+    """A request to /score."""
+    return {
+        "rows": [as_json(row) for row in chunk.rows()],
+        "tokenizer": chunk.tokenizer,
+        "rewards": list(target.rewards),
+        "version": ticket.version or None,
+        "step": ticket.step,
+        "part": ticket.part,
+        "outstanding": ticket.outstanding,
+        "caller": ticket.caller.name,
+    }
 
 
 def as_json(row: Row) -> dict[str, Any]:
