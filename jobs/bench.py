@@ -54,7 +54,7 @@ from rayrm.serving.ticket import Ticket
 from rayrm.serving.transports.handle import REPLICA
 from rayrm.training.dataset import PreferenceData, PreferenceGroup, encode_groups
 from rayrm.training.loop import collate_pairs
-from rayrm.training.loss import bradley_terry
+from rayrm.training.loss import BradleyTerry, bradley_terry
 from rayrm.training.setup import load_model
 
 HERE = Path(__file__).parent
@@ -418,7 +418,7 @@ def bare_step(
         pack = Pack.from_groups([group.tokens for group in part])
         rewards = net(*pack_tensors(pack, torch.device("cpu")))
         compared = collate_pairs(part, [1.0] * len(part), torch.device("cpu"))
-        loss = bradley_terry(rewards, compared, centering=0.0, label_smoothing=0.0) / pairs
+        loss = bradley_terry(rewards, compared, BradleyTerry()) / pairs
         loss.backward()
         total += float(loss.detach())
     torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -434,7 +434,9 @@ def read_group(record: Figures) -> PreferenceGroup:
     choice = np.arange(len(chosen), dtype=np.int64)
     tokens = TokenGroup.from_rows(rows)
     n = len(chosen)
-    return PreferenceGroup(tokens, chosen, rejected, zeros, zeros + 1, choice, n, n, "", "")
+    return PreferenceGroup(
+        tokens, chosen, rejected, zeros, zeros + 1, choice, zeros > 0, n, n, "", ""
+    )
 
 
 # Ray Train and ZeRO

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from rayrm.config import local_path
 from rayrm.model.net import RewardNet, pack_tensors
 from rayrm.packing import Pack, TokenGroup, plan_packs
-from rayrm.training.loss import Pairs, bradley_terry
+from rayrm.training.loss import BradleyTerry, Pairs, bradley_terry
 
 Figures = dict[str, Any]
 
@@ -110,7 +110,7 @@ def bench_training(
         for plan in plan_packs([pair.tokens for pair in pairs], TOKENS_PER_PACK):
             pack = Pack.from_groups([pairs[p] for p in plan])
             rewards = net(*pack_tensors(pack, torch.device(device)))
-            loss = bradley_terry(rewards, all_pairs(len(plan), device))
+            loss = bradley_terry(rewards, all_pairs(len(plan), device), BradleyTerry())
             (loss / len(pairs)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -127,7 +127,7 @@ def all_pairs(count: int, device: str) -> Pairs:
     """The first of every two rewards is the chosen one."""
     chosen = torch.arange(count, device=device) * 2
     ones = torch.ones(count, device=device)
-    return Pairs(chosen, chosen + 1, torch.zeros_like(ones), ones, chosen // 2, ones)
+    return Pairs(chosen, chosen + 1, torch.zeros_like(ones), ones, chosen // 2, ones, ones < 0)
 
 
 def score_packs(net: RewardNet, groups: Sequence[TokenGroup]) -> list[float]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from rayrm.config import ServeConfig, describe
+from rayrm.config import describe
 from rayrm.errors import RayrmError
+from rayrm.serving.config import ServeConfig
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 Deploys the application on the running Ray cluster (RAY_ADDRESS, or the one on this machine) and
 returns; without a cluster it starts one here and serves until Ctrl-C. Where the application runs,
-another EXPORT takes over without a pause. The fields are those of rayrm.config.ServeConfig, e.g.
+another EXPORT takes over without a pause. The fields are those of rayrm.ServeConfig, e.g.
 --replicas 2 --gpus_per_replica 1.
 
     python jobs/serve.py --canary SHARE EXPORT [APP]   let it score that share of the callers
@@ -19,8 +19,9 @@ import argparse
 import signal
 import sys
 
-from rayrm.config import ServeConfig, describe
+from rayrm.config import describe
 from rayrm.errors import RayrmError
+from rayrm.serving.config import ServeConfig
 
 OPERATIONS = ("--canary", "--shadow", "--compare", "--promote", "--rollback", "--delete")
 

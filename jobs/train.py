@@ -6,8 +6,9 @@ import argparse
 import logging
 import sys
 
-from rayrm.config import TrainConfig, describe
+from rayrm.config import describe
 from rayrm.errors import RayrmError
+from rayrm.training.config import TrainConfig
 
 
 def main() -> None:

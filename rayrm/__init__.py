@@ -6,20 +6,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rayrm.config import ServeConfig, TrainConfig
     from rayrm.model.engine import RewardModel
     from rayrm.rows import Rewards
     from rayrm.serving.client import RewardClient
+    from rayrm.serving.config import ServeConfig
     from rayrm.serving.operations import deploy
     from rayrm.text.fingerprints import fingerprint
+    from rayrm.training.config import TrainConfig
     from rayrm.training.fit import TrainResult, fit
 
 _HOME = {
     "RewardClient": "serving.client",
     "RewardModel": "model.engine",
     "Rewards": "rows",
-    "ServeConfig": "config",
-    "TrainConfig": "config",
+    "ServeConfig": "serving.config",
+    "TrainConfig": "training.config",
     "TrainResult": "training.fit",
     "deploy": "serving.operations",
     "fingerprint": "text.fingerprints",

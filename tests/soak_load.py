@@ -16,10 +16,10 @@ import pytest
 import ray
 from ray import serve
 
-from rayrm.config import ServeConfig
 from rayrm.model.engine import RewardModel
 from rayrm.rows import Rewards, make_rows
 from rayrm.serving.client import RewardClient
+from rayrm.serving.config import ServeConfig
 from rayrm.serving.operations import deploy
 from tests.service import stats, texts
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from rayrm.config import ServeConfig, TrainConfig
 from rayrm.errors import ConfigError, RayrmError
+from rayrm.serving.config import ServeConfig
+from rayrm.training.config import TrainConfig
 from tests.tiny import write_lines
 
 
@@ -55,7 +56,7 @@ def test_an_unknown_key_is_named_with_the_nearest_and_all_allowed(minimal: Path)
         ("train.seed", "-1", "greater than or equal to 0"),
         ("deepspeed.zero_stage", "4", "0, 1, 2 or 3"),
         ("loss.label_smoothing", "0.5", "less than 0.5"),
-        ("loss.objective", "dpo", "'bradley_terry' or 'plackett_luce'"),
+        ("loss.objective", "dpo", "'bradley_terry', 'plackett_luce' or 'rao_kupper'"),
         ("loss.weighting", "group", "'pair' or 'prompt'"),
         ("data.overlong", "ignore", "'truncate'"),
         ("data.train", "[]", "at least 1 item"),

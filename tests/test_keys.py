@@ -15,7 +15,6 @@ import pytest
 from ray import serve
 from transformers import AutoTokenizer
 
-from rayrm.config import ServeConfig
 from rayrm.data.records import MESSAGE_KEYS, read_groups
 from rayrm.errors import InvalidRow
 from rayrm.evaluation.evaluate import score
@@ -24,6 +23,7 @@ from rayrm.model.export import RECORD, Export, with_text_to_ids
 from rayrm.rows import Row, make_rows
 from rayrm.serving.chunk import Step
 from rayrm.serving.client import RewardClient
+from rayrm.serving.config import ServeConfig
 from rayrm.serving.operations import deploy
 from rayrm.training.dataset import encode_groups
 from tests.makers import make_export

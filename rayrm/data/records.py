@@ -86,6 +86,8 @@ class Preference:
     """Equal, within the group, for the pairs in which one record puts `chosen` above others."""
     styles: tuple[int, int] | None = None
     """RM-Bench's styles of chosen and rejected, 0 to 2; None in data of another shape."""
+    tie: bool = False
+    """The two were judged equal, so that neither is chosen: label is a half."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class ReadReport:
     merged: int = 0
     """Records that joined the group of an earlier one."""
     ties: int = 0
-    """Pairs of equal rank or identical responses: no preference."""
+    """Pairs of equal rank or identical responses: no preference, unless ties are asked for."""
     dropped: int = 0
     """Groups left without a preference because all their pairs are ties."""
     bad: list[str] = field(default_factory=list)
@@ -147,6 +149,7 @@ def read_groups(
     *,
     split: str = "train",
     on_bad_record: Literal["error", "skip"] = "error",
+    ties: bool = False,
 ) -> tuple[list[Group], ReadReport]:
     """Read preference records and merge those with one prompt (and subset) into groups.
 
@@ -158,6 +161,7 @@ def read_groups(
         split: The split of a hub dataset whose name has none and of a saved `DatasetDict`; in a
             directory whose file names tell several splits, the files of this one.
         on_bad_record: `skip` keeps the error's message in the report and reads on.
+        ties: Two different responses of equal rank or score are a preference too, a `tie`.
 
     Returns:
         The groups, in order of first appearance, and what became of every record.
@@ -168,7 +172,7 @@ def read_groups(
     """
     report = ReadReport()
     ignored: set[str] = set()
-    merger = _Merger(report)
+    merger = _Merger(report, ties)
     names = [paths] if isinstance(paths, str) else list(paths)
     sources = [
         source for name in names for source in open_sources(name, split, report.ignored_files)
@@ -259,11 +263,14 @@ def _text_or_error(name: str, raw: Any, ignored: set[str]) -> Text | DataError:
 def data_fingerprint(groups: Sequence[Group]) -> str:
     """SHA-256 (hex) of the groups' content and order; file names and choices do not enter it.
 
-    The same as before messages had keys and groups had tools, where there are none.
+    The same as before there were keys of messages, tools and ties, where there are none.
     """
     digest = hashlib.sha256()
     for group in groups:
-        preferences = [[p.chosen, p.rejected, p.margin, p.label] for p in group.preferences]
+        preferences = [
+            [p.chosen, p.rejected, p.margin, p.label, *([True] if p.tie else [])]
+            for p in group.preferences
+        ]
         texts = [_in_order(group.prompt), [_in_order(response) for response in group.responses]]
         content = [*texts, preferences, group.finished, group.subset]
         if group.tools:
@@ -286,13 +293,13 @@ def _in_order(text: Text) -> Text:
 
 @dataclass(frozen=True)
 class _Record:
-    """A record of any format. Pairs are (better, worse) indices into responses."""
+    """A record of any format. Pairs are (better, worse), ties equal indices into responses."""
 
     prompt: Text
     responses: list[Text]
     finished: list[bool]
     pairs: list[tuple[int, int]]
-    ties: int
+    ties: list[tuple[int, int]]
     margin: float
     label: float
     subset: str
@@ -304,8 +311,9 @@ class _Record:
 class _Merger:
     """Collects records into groups and counts what it merges and drops."""
 
-    def __init__(self, report: ReadReport) -> None:
+    def __init__(self, report: ReadReport, keeps_ties: bool) -> None:
         self._report = report
+        self._keeps_ties = keeps_ties
         self._groups: dict[Hashable, tuple[Group, dict[Hashable, int]]] = {}
 
     def add(self, record: _Record, source: str) -> None:
@@ -321,8 +329,9 @@ class _Merger:
 
         keys = [(_frozen(r), f) for r, f in zip(record.responses, record.finished, strict=True)]
         pairs = [(better, worse) for better, worse in record.pairs if keys[better] != keys[worse]]
-        self._report.ties += record.ties + len(record.pairs) - len(pairs)
-        for i in sorted({i for pair in pairs for i in pair}):
+        self._report.ties += len(record.ties) + len(record.pairs) - len(pairs)
+        ties = [(a, b) for a, b in record.ties if self._keeps_ties and keys[a] != keys[b]]
+        for i in sorted({i for pair in (*pairs, *ties) for i in pair}):
             if keys[i] not in places:
                 places[keys[i]] = len(group.responses)
                 group.responses.append(record.responses[i])
@@ -341,6 +350,10 @@ class _Merger:
                     (better, worse - 3) if record.styled else None,
                 )
             )
+        for a, b in ties:
+            choice = len(group.preferences)
+            ends = places[keys[a]], places[keys[b]]
+            group.preferences.append(Preference(*ends, label=0.5, choice=choice, tie=True))
 
     def finish(self) -> list[Group]:
         """The groups that have a preference; completes the report."""
@@ -412,7 +425,7 @@ def _record(value: Any) -> dict[str, Any]:
     return record
 
 
-_Judged = tuple[list[tuple[str, Any]], list[bool], list[tuple[int, int]], int]
+_Judged = tuple[list[tuple[str, Any]], list[bool], list[tuple[int, int]], list[tuple[int, int]]]
 """Responses with the field each came from, finished, (better, worse) pairs, ties."""
 
 
@@ -422,7 +435,7 @@ def _pair(record: dict[str, Any]) -> _Judged:
     chosen, chosen_finished = _side(record, "chosen")
     rejected, rejected_finished = _side(record, "rejected")
     pairs = [(i, len(chosen) + j) for i in range(len(chosen)) for j in range(len(rejected))]
-    return chosen + rejected, chosen_finished + rejected_finished, pairs, 0
+    return chosen + rejected, chosen_finished + rejected_finished, pairs, []
 
 
 def _side(record: dict[str, Any], column: str) -> tuple[list[tuple[str, Any]], list[bool]]:
@@ -455,7 +468,7 @@ def _ranking(record: dict[str, Any]) -> _Judged:
         for i, j in combinations(range(len(quality)), 2)
         if quality[i] != quality[j]
     ]
-    ties = math.comb(len(quality), 2) - len(pairs)
+    ties = [(i, j) for i, j in combinations(range(len(quality)), 2) if quality[i] == quality[j]]
     finished = record.get("finished", [True] * len(responses))
     named = [(f"responses[{i}]", response) for i, response in enumerate(responses)]
     return named, _flags("finished", finished, len(responses)), pairs, ties

@@ -12,9 +12,9 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from rayrm.config import ServeConfig
 from rayrm.errors import ConfigError
 from rayrm.serving.autoscale import LOOK_BACK_S, REPORT_S, OutstandingTokens
+from rayrm.serving.config import ServeConfig
 from rayrm.serving.http.endpoint import Endpoint
 from rayrm.serving.replica import Replica
 from rayrm.serving.transports.handle import REPLICA

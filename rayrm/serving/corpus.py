@@ -31,13 +31,14 @@ import ray
 from ray.exceptions import RayError
 from tqdm.auto import tqdm
 
-from rayrm.config import ServeConfig, local_path
+from rayrm.config import local_path
 from rayrm.data.records import read_sampled
 from rayrm.data.sources import PARTS, RUN, open_sources
 from rayrm.errors import ConfigError, DataError, ServiceError
 from rayrm.model.foreign import open_model
 from rayrm.model.hardware import fast_dtype
 from rayrm.rows import Rewards, Row
+from rayrm.serving.config import ServeConfig
 from rayrm.serving.locate import locate_export
 from rayrm.serving.replica import load_replica
 

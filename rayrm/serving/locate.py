@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from rayrm.config import OWN, ServeConfig
+from rayrm.config import OWN
 from rayrm.model.adapters import read_adapters
 from rayrm.model.export import read_identity
 from rayrm.model.foreign import open_model, pinned
 from rayrm.model.net import check_max_length, load_config
+from rayrm.serving.config import ServeConfig
 from rayrm.serving.record import (
     Served,
 )

@@ -21,10 +21,11 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from rayrm.config import HttpSection, ServeConfig, at_home
+from rayrm.config import at_home
 from rayrm.errors import ConfigError, ServiceError
 from rayrm.serving.application import application
 from rayrm.serving.callers import this_caller
+from rayrm.serving.config import HttpSection, ServeConfig
 from rayrm.serving.locate import locate_export
 from rayrm.serving.record import (
     Record,

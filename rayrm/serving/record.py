@@ -21,8 +21,8 @@ from ray.experimental.internal_kv import (
     _internal_kv_put,
 )
 
-from rayrm.config import ServeConfig
 from rayrm.errors import ServiceError
+from rayrm.serving.config import ServeConfig
 from rayrm.serving.ticket import Caller
 
 # Of records as they are written now. Format 1 had no field that said so.

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from ray import serve
 
-from rayrm.config import OWN, ServeConfig
+from rayrm.config import OWN
 from rayrm.errors import Overloaded, ServiceError, UnknownReward, VersionGone
 from rayrm.model.engine import Encoded, RewardModel
 from rayrm.packing import TokenGroup
 from rayrm.rows import Rewards
 from rayrm.serving.callers import CallsInProgress
 from rayrm.serving.chunk import Chunk
+from rayrm.serving.config import ServeConfig
 from rayrm.serving.demand import Demand
 from rayrm.serving.known import KnownRewards
 from rayrm.serving.metrics import ServeMetrics

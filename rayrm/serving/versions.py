@@ -20,11 +20,12 @@ from ray.experimental.internal_kv import (
     _internal_kv_put,
 )
 
-from rayrm.config import OWN, ServeConfig
+from rayrm.config import OWN
 from rayrm.errors import ExportError, VersionGone
 from rayrm.model.engine import RewardModel
 from rayrm.model.hardware import Dtype, fast_dtype
 from rayrm.serving.callers import lives
+from rayrm.serving.config import ServeConfig
 from rayrm.serving.record import (
     DTYPES,
     Record,

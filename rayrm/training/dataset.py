@@ -33,7 +33,7 @@ from rayrm.text.template import Overlong, Template
 from rayrm.training.parts import connected, split_pairs
 
 # Part of the cache's key: goes up whenever the same groups would be encoded differently.
-ENCODING = 3
+ENCODING = 4
 
 # So many bad responses are told; the others are counted.
 TOLD = 10
@@ -43,8 +43,9 @@ TOLD = 10
 class PreferenceGroup:
     """A group of ids and its N preferred pairs: chosen, rejected [N] index its responses.
 
-    Pairs of one choice [N], counted from 0, are one response chosen before several. It may be a
-    part of a prompt: prompt_pairs and prompt_choices count those of all its parts.
+    Pairs of one choice [N], counted from 0, are one response chosen before several; of a tie [N]
+    neither is chosen. It may be a part of a prompt: prompt_pairs and prompt_choices count those of
+    all its parts.
     """
 
     tokens: TokenGroup
@@ -53,6 +54,7 @@ class PreferenceGroup:
     margin: NDArray[np.float32]
     label: NDArray[np.float32]
     choice: NDArray[np.int64]
+    tie: NDArray[np.bool_]
     prompt_pairs: int
     prompt_choices: int
     subset: str
@@ -82,6 +84,7 @@ class PreferenceGroup:
             margin=self.margin[pairs],
             label=self.label[pairs],
             choice=np.unique(self.choice[pairs], return_inverse=True)[1],
+            tie=self.tie[pairs],
         )
 
     def pieces(self, budget: int) -> list[PreferenceGroup]:
@@ -143,6 +146,7 @@ class PreferenceData:
             np.array(row["margin"], dtype=np.float32),
             np.array(row["label"], dtype=np.float32),
             np.array(row["choice"], dtype=np.int64),
+            np.array(row["tie"], dtype=np.bool_),
             row["prompt_pairs"],
             row["prompt_choices"],
             row["subset"],
@@ -257,6 +261,7 @@ def _encode(
             margin=np.array([p.margin for p in pairs], dtype=np.float32),
             label=np.array([p.label for p in pairs], dtype=np.float32),
             choice=choice,
+            tie=np.array([p.tie for p in pairs], dtype=np.bool_),
             prompt_pairs=len(pairs),
             prompt_choices=int(choice.max()) + 1,
             subset=group.subset,

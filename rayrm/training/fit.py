@@ -36,7 +36,6 @@ from ray.train.v2.api.result import Result
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from transformers import PreTrainedModel
 
-from rayrm.config import ClusterSection, TrainConfig, TrainSection
 from rayrm.data.records import read_groups
 from rayrm.data.sources import absolute
 from rayrm.errors import ConfigError, ExportError, RayrmError, TrainingError
@@ -56,6 +55,7 @@ from rayrm.model.export import (
 from rayrm.model.net import DTYPES, RewardNet, save_weights
 from rayrm.text.template import Template
 from rayrm.training.checkpoint import consolidate, load_trained
+from rayrm.training.config import ClusterSection, TrainConfig, TrainSection
 from rayrm.training.loop import train_loop
 from rayrm.training.lora import check_frozen, export_adapter, hash_frozen, merge_adapters
 from rayrm.training.progress import shown

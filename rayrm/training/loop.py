@@ -32,7 +32,6 @@ from ray.train import (
 )
 from torch import Tensor
 
-from rayrm.config import TrainConfig, TrainSection
 from rayrm.errors import TrainingError
 from rayrm.evaluation.evaluate import ScoredGroup, equal_for_equals, summarize
 from rayrm.model.net import (
@@ -40,9 +39,10 @@ from rayrm.model.net import (
 )
 from rayrm.packing import Pack, TokenGroup, share_packs, split_group
 from rayrm.training.checkpoint import load_shards, save_shards
+from rayrm.training.config import TrainConfig, TrainSection
 from rayrm.training.dataset import PreferenceGroup, Schedule
 from rayrm.training.lora import check_frozen, hash_frozen
-from rayrm.training.loss import Pairs, bradley_terry, plackett_luce
+from rayrm.training.loss import LOSSES, Pairs
 from rayrm.training.metrics import TrainMetrics
 from rayrm.training.setup import check_ids, decide_dtype, load_data, load_model, start_engine
 
@@ -266,16 +266,9 @@ class Rank:
         if not groups:
             return rewards.sum() * 0.0, rewards.new_zeros(3, dtype=torch.float64)
         weights = [self.weight(group) / self.comparisons(group) for group in groups]
-        pairs = collate_pairs(groups, weights, self.device)
-        if self.config.loss.objective == "plackett_luce":
-            loss = plackett_luce(rewards, pairs)
-        else:
-            loss = bradley_terry(
-                rewards,
-                pairs,
-                centering=self.config.loss.centering,
-                label_smoothing=self.config.loss.label_smoothing,
-            )
+        pairs = collate_pairs(groups, weights, rewards.device)
+        objective = self.config.loss
+        loss = LOSSES[objective.objective](rewards, pairs, objective)
         margins = (rewards[pairs.chosen] - rewards[pairs.rejected]).detach()
         winner = (pairs.label - 0.5).sign()  # 1 chosen, -1 rejected, 0 neither
         margins = margins * winner
@@ -284,8 +277,7 @@ class Rank:
 
     def comparisons(self, group: PreferenceGroup) -> int:
         """What the objective sums over in a group: its pairs, or its choices."""
-        ranked = self.config.loss.objective == "plackett_luce"
-        return group.choices if ranked else group.pairs
+        return group.choices if self.config.loss.ranks else group.pairs
 
     def weight(self, group: PreferenceGroup) -> float:
         """What a group counts for in its step, and its comparisons together.
@@ -294,8 +286,7 @@ class Rank:
         """
         if self.config.loss.weighting == "pair":
             return self.comparisons(group)
-        ranked = self.config.loss.objective == "plackett_luce"
-        prompt = group.prompt_choices if ranked else group.prompt_pairs
+        prompt = group.prompt_choices if self.config.loss.ranks else group.prompt_pairs
         return self.comparisons(group) / prompt
 
     @torch.no_grad()
@@ -307,12 +298,25 @@ class Rank:
         pieces = self.cut([group.tokens for group in groups])
         rewards = self.score(pieces, self.share([piece.tokens for piece in pieces])).cpu().numpy()
         ends = np.cumsum([len(group.tokens.suffixes) for group in groups])[:-1]
-        scored = map(scored_group, groups, np.split(rewards, ends))
-        figures = summarize([*scored])
-        for key in ("accuracy", "loss", "margin"):
+        scored = [*map(scored_group, groups, np.split(rewards, ends))]
+        figures = summarize(scored)
+        for key in ("accuracy", "margin"):
             self.history[-1][f"eval_{key}"] = figures[key]
+        self.history[-1]["eval_loss"] = self.held_out_loss(groups, scored)
         if self.metrics:
             self.metrics.evaluation(self.history[-1])
+
+    def held_out_loss(
+        self, groups: Sequence[PreferenceGroup], scored: Sequence[ScoredGroup]
+    ) -> float | None:
+        """The objective that is trained, in fp64, over the groups whose responses have rewards."""
+        known = [i for i, of in enumerate(scored) if np.isfinite(of.rewards).all()]
+        if not known:
+            return None
+        rewards = torch.from_numpy(np.concatenate([scored[i].rewards for i in known]))
+        groups = [groups[i] for i in known]
+        loss, _ = self.loss(rewards.double(), groups)
+        return float(loss) / sum(map(self.weight, groups))
 
     def due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -418,6 +422,7 @@ def collate_pairs(
         np.concatenate([g.label for g in groups]),
         np.concatenate([g.choice + start for g, start in zip(groups, choices[:-1], strict=True)]),
         np.repeat(np.array(weights, dtype=np.float32), counts),
+        np.concatenate([g.tie for g in groups]),
     )
     return Pairs(*(torch.from_numpy(column).to(device) for column in columns))
 

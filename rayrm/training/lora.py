@@ -16,10 +16,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rayrm.config import LoraSection
 from rayrm.errors import ConfigError, TrainingError
 from rayrm.model.adapters import save_adapter
 from rayrm.model.export import AdapterRecord
+from rayrm.training.config import LoraSection
 
 ALL_LINEAR = "all-linear"
 

@@ -10,7 +10,7 @@ from datetime import date
 
 from pyarrow import fs
 
-from rayrm.config import TrainConfig, TrainSection
+from rayrm.training.config import TrainConfig, TrainSection
 
 NOTE = "config.json"
 
@@ -28,6 +28,9 @@ def read_config(run: str) -> TrainConfig | None:
     # Runs that do not name these knew no other rule, and no parts of a prompt's pairs.
     values["data"].setdefault("rule", "template")
     values["train"].setdefault("pairs_per_group", None)
+    if values["loss"]["objective"] == "plackett_luce":  # which named settings of pairs, then
+        for name in ("centering", "label_smoothing"):
+            values["loss"].pop(name, None)
     return TrainConfig(**values)
 
 

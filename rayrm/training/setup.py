@@ -18,7 +18,6 @@ from ray.train import (
 )
 from transformers import PreTrainedModel
 
-from rayrm.config import TrainConfig
 from rayrm.data.records import Group, read_groups
 from rayrm.errors import ConfigError, DataError, ModelError
 from rayrm.model.hardware import choose_dtype, fast_dtype
@@ -31,6 +30,7 @@ from rayrm.model.net import (
 )
 from rayrm.text.chat import ChatTemplate
 from rayrm.text.template import Template, TemplateSpec
+from rayrm.training.config import TrainConfig
 from rayrm.training.dataset import PreferenceData, encode_groups
 from rayrm.training.lora import add_adapters
 from rayrm.training.run import read_config, with_dtype, write_config
@@ -108,11 +108,12 @@ def load_data(
     encoded = []
     for paths, split in ((data.train, "train"), (data.eval, "test")):
         if paths:
-            groups, read = read_groups(paths, split=split, on_bad_record=data.on_bad_record)
-            training = split == "train"
-            ranked = config.loss.objective == "plackett_luce" and training
+            loss, training = config.loss, split == "train"
+            groups, read = read_groups(
+                paths, split=split, on_bad_record=data.on_bad_record, ties=loss.uses_ties
+            )
             limit = config.train.pairs_per_group if training else None
-            if ranked:
+            if loss.ranks:
                 check_ranked(groups, limit)
             encoded.append(
                 encode_groups(
@@ -121,7 +122,7 @@ def load_data(
                     data.overlong_rows,
                     together=training,
                     pairs_per_group=limit,
-                    whole_choices=ranked,
+                    whole_choices=loss.ranks,
                     on_bad_record=data.on_bad_record,
                 )
             )

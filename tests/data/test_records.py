@@ -389,6 +389,23 @@ def test_ties_make_no_pair_and_are_counted(read: Any) -> None:
     assert "5 ties" in str(report)
 
 
+def test_ties_are_preferences_where_they_are_asked_for(read: Any) -> None:
+    """And change nothing of the groups where they are not, not even their fingerprint."""
+    ranked = {"prompt": "p", "responses": ["a", "b", "c", "b"], "ranks": [1, 2, 2, 2]}
+    equal = {"prompt": "q", "responses": ["d", "e"], "scores": [0.5, 0.5]}
+    same = {"prompt": "r", "responses": ["f", "f"], "scores": [1, 1]}
+    (plain,), _ = read(ranked, equal, same)
+    (first, second), report = read(ranked, equal, same, ties=True)
+    ties = [p for p in first.preferences if p.tie]
+    assert [(p.chosen, p.rejected, p.label) for p in ties] == [(1, 2, 0.5), (2, 1, 0.5)]
+    assert len({p.choice for p in ties} | {p.choice for p in plain.preferences}) == 3
+    assert [p for p in first.preferences if not p.tie] == plain.preferences
+    assert first.responses == plain.responses == ["a", "b", "c"]
+    assert second.responses == ["d", "e"] and [p.tie for p in second.preferences] == [True]
+    assert (report.groups, report.pairs, report.ties, report.dropped) == (2, 6, 5, 1)
+    assert data_fingerprint([first]) != data_fingerprint([plain])
+
+
 def test_nothing_but_ties_is_an_error(read: Any) -> None:
     with pytest.raises(DataError, match=r"no preference to learn from .*1 ties"):
         read({"prompt": "p", "chosen": "a", "rejected": "a"})

@@ -19,7 +19,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ray._private.runtime_env.packaging import create_package
 
-from rayrm.config import ServeConfig, TrainConfig
+from rayrm.serving.config import ServeConfig
+from rayrm.training.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = sorted((ROOT / "jobs/configs").glob("*.yaml"))

@@ -29,10 +29,10 @@ from jobs.ppo import (
     score,
     train,
 )
-from rayrm.config import ServeConfig
 from rayrm.data.sample import questions
 from rayrm.model.engine import RewardModel
 from rayrm.rows import Rewards
+from rayrm.serving.config import ServeConfig
 from rayrm.serving.operations import deploy
 from tests.service import stats, until
 

@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from ray import serve
 
-from rayrm.config import ServeConfig
 from rayrm.model.engine import RewardModel
 from rayrm.packing import Ids, TokenGroup
 from rayrm.rows import make_rows
 from rayrm.serving.client import RewardClient
+from rayrm.serving.config import ServeConfig
 from rayrm.serving.operations import deploy
 from tests.makers import make_export
 

@@ -15,15 +15,16 @@ import pytest
 import torch
 from ray.train.v2.api.result import Result
 
-from rayrm.config import ServeConfig, TrainConfig
 from rayrm.errors import DataError, TrainingError
 from rayrm.model import hardware
 from rayrm.model.engine import RewardModel
 from rayrm.model.hardware import bf16_speedup, choose_dtype, cpu_has_bf16, fast_dtype
 from rayrm.serving import versions
+from rayrm.serving.config import ServeConfig
 from rayrm.serving.corpus import Corpus, Parts
 from rayrm.serving.record import delete_record
 from rayrm.serving.versions import decide_dtype
+from rayrm.training.config import TrainConfig
 from rayrm.training.fit import claim, make_trainer, run_directory
 from rayrm.training.run import with_dtype, write_config
 from tests.makers import make_export

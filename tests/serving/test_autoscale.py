@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from ray import serve
 
-from rayrm.config import ServeConfig
 from rayrm.errors import ConfigError
 from rayrm.model.engine import RewardModel
 from rayrm.serving.autoscale import OUTSTANDING, OutstandingTokens
 from rayrm.serving.client import RewardClient
+from rayrm.serving.config import ServeConfig
 from rayrm.serving.operations import deploy
 from rayrm.serving.replica import Replica
 from tests.service import assert_same, before_each_pack, texts, until

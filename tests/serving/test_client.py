@@ -21,13 +21,13 @@ import ray
 from numpy.typing import NDArray
 from ray import serve
 
-from rayrm.config import ServeConfig
 from rayrm.errors import Overloaded, ServiceError, StepTimeout, VersionGone
 from rayrm.model.engine import RewardModel
 from rayrm.rows import Rewards, make_rows
 from rayrm.serving.callers import this_caller
 from rayrm.serving.chunk import CHUNKS_PER_REPLICA
 from rayrm.serving.client import RewardClient
+from rayrm.serving.config import ServeConfig
 from rayrm.serving.operations import deploy
 from rayrm.serving.queue import PACKS_AT_THE_END
 from rayrm.serving.replica import Replica
@@ -191,7 +191,7 @@ def test_what_a_dead_caller_left_behind_is_not_computed(client: RewardClient, sh
     shut.unlink()
     time.sleep(1.0)
     assert total(APP, "calls") == calls  # nobody sends the rest of it either
-    # What was being computed; one replica that has nearly all of a step computes two packs together.
+    # What was being computed: a replica that has nearly all of a step computes two packs at once.
     assert total(APP, "computed_tokens") - computed <= PACKS_AT_THE_END * PACK
 
 

@@ -22,12 +22,12 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from rayrm.config import ServeConfig
 from rayrm.data.records import read_sampled
 from rayrm.data.sources import open_sources
 from rayrm.errors import DataError, ServiceError
 from rayrm.model.engine import RewardModel
 from rayrm.serving import corpus
+from rayrm.serving.config import ServeConfig
 from rayrm.serving.corpus import (
     Corpus,
     Part,

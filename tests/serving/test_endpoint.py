@@ -23,7 +23,6 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
-from rayrm.config import ServeConfig
 from rayrm.errors import (
     ConfigError,
     Overloaded,
@@ -35,6 +34,7 @@ from rayrm.errors import (
 from rayrm.model.engine import RewardModel
 from rayrm.serving.application import build
 from rayrm.serving.client import RewardClient
+from rayrm.serving.config import ServeConfig
 from rayrm.serving.http.failures import on_service_error
 from rayrm.serving.http.guard import read_token
 from rayrm.serving.operations import deploy, rollback, try_out

@@ -22,12 +22,12 @@ import pytest
 import ray
 from ray import serve
 
-from rayrm.config import ServeConfig
 from rayrm.errors import NonFiniteReward, RowError, RowFailed
 from rayrm.model.engine import RewardModel
 from rayrm.packing import TokenGroup
 from rayrm.rows import Rewards
 from rayrm.serving.client import RewardClient
+from rayrm.serving.config import ServeConfig
 from rayrm.serving.operations import deploy
 from rayrm.serving.queue import Values
 from rayrm.serving.replica import Replica

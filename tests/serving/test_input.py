@@ -34,11 +34,11 @@ from schemathesis.specs.openapi.checks import (
 )
 from starlette.types import Message, Receive, Scope, Send
 
-from rayrm.config import ServeConfig
 from rayrm.errors import RowError, ServiceError
 from rayrm.model.engine import RewardModel
 from rayrm.rows import Rewards
 from rayrm.serving.client import RewardClient
+from rayrm.serving.config import ServeConfig
 from rayrm.serving.http.endpoint import Endpoint
 from rayrm.serving.http.failures import REFUSALS
 from rayrm.serving.http.guard import RequestGuard

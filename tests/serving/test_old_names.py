@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from ray.experimental.internal_kv import _internal_kv_put
 
-from rayrm.config import ServeConfig
 from rayrm.errors import DataError, ExportError
 from rayrm.model.engine import RewardModel
 from rayrm.model.export import Export, read_export
+from rayrm.serving.config import ServeConfig
 from rayrm.serving.corpus import Corpus, Parts
 from rayrm.serving.record import BEFORE, Record, Served, delete_record, read_record
 from rayrm.serving.versions import Models

@@ -14,11 +14,11 @@ import pytest
 import ray
 from ray import serve
 
-from rayrm.config import ServeConfig
 from rayrm.errors import ConfigError, ServiceError
 from rayrm.model.engine import RewardModel
 from rayrm.rows import Rewards
 from rayrm.serving.client import RewardClient
+from rayrm.serving.config import ServeConfig
 from rayrm.serving.metrics import SHADOW
 from rayrm.serving.operations import compare, deploy, promote, rollback, try_out
 from rayrm.serving.record import Record, Served, Trial, read_record

@@ -10,10 +10,10 @@ import pytest
 import ray
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_list, _internal_kv_put
 
-from rayrm.config import ServeConfig
 from rayrm.errors import ServiceError
 from rayrm.serving import record as records
 from rayrm.serving.callers import this_caller
+from rayrm.serving.config import ServeConfig
 from rayrm.serving.operations import switched
 from rayrm.serving.record import (
     BEFORE,

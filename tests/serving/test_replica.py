@@ -20,7 +20,6 @@ import pytest
 import ray
 from ray import serve
 
-from rayrm.config import ServeConfig
 from rayrm.errors import (
     ConfigError,
     EmptyResponse,
@@ -33,6 +32,7 @@ from rayrm.errors import (
 )
 from rayrm.model.engine import RewardModel
 from rayrm.serving.client import RewardClient
+from rayrm.serving.config import ServeConfig
 from rayrm.serving.operations import deploy
 from rayrm.serving.replica import Replica
 from rayrm.text.fingerprints import fingerprint

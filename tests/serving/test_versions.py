@@ -21,11 +21,11 @@ import pytest
 import ray
 from ray import serve
 
-from rayrm.config import ServeConfig
 from rayrm.errors import ExportError, ServiceError, UnknownReward, VersionGone
 from rayrm.model.engine import RewardModel
 from rayrm.rows import Rewards
 from rayrm.serving.client import RewardClient
+from rayrm.serving.config import ServeConfig
 from rayrm.serving.known import KnownRewards
 from rayrm.serving.metrics import ServeMetrics
 from rayrm.serving.operations import compare, delete, deploy, promote, rollback, swap, try_out

@@ -19,12 +19,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from jobs.train import main
 from rayrm import RewardModel, TrainConfig, fit
-from rayrm.config import TrainSection
 from rayrm.data.records import read_groups
 from rayrm.errors import ConfigError, DataError, ExportError, ModelError, TrainingError
 from rayrm.evaluation.evaluate import evaluate
 from rayrm.rows import Row
 from rayrm.training.checkpoint import consolidate, save_shards
+from rayrm.training.config import TrainSection
 from rayrm.training.dataset import PreferenceGroup
 from rayrm.training.fit import TrainResult, check_places, claim, make_trainer, run_directory
 from rayrm.training.loop import Rank, learning_rate

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rayrm.config import TrainConfig
 from rayrm.errors import TrainingError
 from rayrm.evaluation.evaluate import summarize
 from rayrm.model.net import RewardNet
 from rayrm.packing import TokenGroup
+from rayrm.training.config import TrainConfig
 from rayrm.training.dataset import PreferenceGroup, Schedule
 from rayrm.training.loop import Rank, scored_group
 from tests.tiny import furthest, random_ids, tiny_model
@@ -85,7 +85,10 @@ def make_rank(
 
 
 def preferred(
-    seed: int, pairs: Sequence[tuple[int, int]], labels: Sequence[float] | None = None
+    seed: int,
+    pairs: Sequence[tuple[int, int]],
+    labels: Sequence[float] | None = None,
+    ties: Sequence[bool] | None = None,
 ) -> PreferenceGroup:
     """Responses of 1 to 9 tokens to a prompt of 12, with pairs whose choices are by chosen."""
     rng = np.random.default_rng(seed)
@@ -103,6 +106,7 @@ def preferred(
         rng.choice([0, 0.5], len(pairs)).astype(np.float32),
         np.array(labels or [1.0] * len(pairs), dtype=np.float32),
         choice,
+        np.array(ties or [False] * len(pairs)),
         len(pairs),
         int(choice.max()) + 1,
         "",
@@ -118,6 +122,13 @@ def crowd() -> list[PreferenceGroup]:
     return [preferred(0, [*ranked, *chain]), preferred(1, star), preferred(2, [(0, 1)])]
 
 
+def with_ties() -> list[PreferenceGroup]:
+    """The crowd, and two responses of the star that were judged equal."""
+    first, _, last = crowd()
+    star = [*((0, i) for i in range(1, 8)), (1, 2)]
+    return [first, preferred(1, star, [1.0] * 7 + [0.5], [False] * 7 + [True]), last]
+
+
 @pytest.mark.parametrize(
     "loss",
     [
@@ -126,11 +137,12 @@ def crowd() -> list[PreferenceGroup]:
         {"centering": 0.1, "label_smoothing": 0.1},
         {"objective": "plackett_luce"},
         {"objective": "plackett_luce", "weighting": "prompt"},
+        {"objective": "rao_kupper", "theta": 3.0},
     ],
     ids=str,
 )
 def test_loss_and_gradients_do_not_depend_on_the_pieces_of_a_step(loss: dict[str, Any]) -> None:
-    data = crowd()
+    data = with_ties() if loss.get("objective") == "rao_kupper" else crowd()
     longest = max(len(row) for group in data for row in group.tokens.rows)
     found = {}
     for budget in (8, 30, 45, 70, 120, WHOLE):
@@ -241,3 +253,28 @@ def test_rows_without_a_finite_reward_stop_the_step_and_are_named(budget: int) -
     net.model.get_input_embeddings().weight.data[2] = torch.nan
     with pytest.raises(TrainingError, match=r"step 1: .*: rank 0: f:1$"):
         make_rank(data, budget, net).train_step()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {},
+        {"centering": 0.1, "label_smoothing": 0.1, "weighting": "prompt"},
+        {"objective": "plackett_luce"},
+        {"objective": "rao_kupper"},
+    ],
+    ids=str,
+)
+def test_the_held_out_loss_is_that_of_the_objective_that_is_trained(loss: dict[str, Any]) -> None:
+    """On the groups of a step, before its update: the step's own loss."""
+    data = with_ties() if loss.get("objective") == "rao_kupper" else crowd()
+    rank = make_rank(data, WHOLE, **loss)
+    with torch.no_grad():
+        rewards = rank.forward([group.tokens for group in data]).numpy()
+    ends = np.cumsum([len(group.tokens.suffixes) for group in data])[:-1]
+    scored = [*map(scored_group, data, np.split(rewards, ends))]
+    held_out = rank.held_out_loss(data, scored)
+    rank.train_step()
+    assert held_out == pytest.approx(rank.history[0]["loss"], abs=1e-9)
+    scored[0] = replace(scored[0], rewards=np.full_like(scored[0].rewards, np.nan))
+    assert rank.held_out_loss(data, scored) not in (None, held_out)

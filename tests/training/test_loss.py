@@ -10,8 +10,23 @@ import pytest
 import torch
 
 from rayrm.packing import TokenGroup
-from rayrm.training.loss import Pairs, bradley_terry, plackett_luce
+from rayrm.training import loss as losses
+from rayrm.training.config import TrainConfig
+from rayrm.training.loss import LOSSES, BradleyTerry, Pairs, PlackettLuce, RaoKupper
 from tests.tiny import furthest, random_groups, scored, tiny_model
+
+
+def bradley_terry(rewards: torch.Tensor, compared: Pairs, **settings: float) -> torch.Tensor:
+    return losses.bradley_terry(rewards, compared, BradleyTerry(**settings))
+
+
+def plackett_luce(rewards: torch.Tensor, compared: Pairs) -> torch.Tensor:
+    return losses.plackett_luce(rewards, compared, PlackettLuce(objective="plackett_luce"))
+
+
+def rao_kupper(rewards: torch.Tensor, compared: Pairs, theta: float) -> torch.Tensor:
+    config = RaoKupper(objective="rao_kupper", theta=theta)
+    return losses.rao_kupper(rewards, compared, config)
 
 
 def pairs(
@@ -21,8 +36,9 @@ def pairs(
     label: Sequence[float] | None = None,
     choice: Sequence[int] | None = None,
     weight: Sequence[float] | None = None,
+    tie: Sequence[bool] | None = None,
 ) -> Pairs:
-    """One choice for each chosen response, unless given; weights of 1."""
+    """One choice for each chosen response, unless given; weights of 1, and no ties."""
     n = len(chosen)
     numbers = {c: i for i, c in enumerate(dict.fromkeys(chosen))}
     return Pairs(
@@ -32,6 +48,7 @@ def pairs(
         torch.tensor(label or [1.0] * n),
         torch.tensor(choice or [numbers[c] for c in chosen]),
         torch.tensor(weight or [1.0] * n),
+        torch.tensor(tie or [False] * n),
     )
 
 
@@ -176,6 +193,68 @@ def test_what_several_records_say_of_one_response_are_several_choices() -> None:
     apart = plackett_luce(rewards, pairs([0, 0], [1, 2], choice=[0, 1]))
     assert float(apart) == pytest.approx(0.3132617 + 0.1269280, abs=1e-6)
     assert float(plackett_luce(rewards, pairs([0, 0], [1, 2]))) == pytest.approx(0.4076060)
+
+
+# Rao-Kupper.
+
+
+# Rewards 1.5 and 0.5, θ = 2. log(1 + 2·e^-1) = 0.5514447, log(1 + 2·e^1) = 1.8619951.
+@pytest.mark.parametrize(
+    ("margin", "label", "tie", "expected"),
+    [
+        (0.0, 1.0, False, 0.5514447),
+        (0.0, 0.0, False, 1.8619951),
+        (0.0, 0.7, False, 0.9446098),  # 0.7 · 0.5514447 + 0.3 · 1.8619951
+        (1.0, 1.0, False, 1.0986123),  # log 3: of equal rewards each outcome has a third
+        (0.0, 0.5, True, 1.3148275),  # the two and - log 3
+        (1.0, 0.5, True, 1.0986123),
+    ],
+)
+def test_golden_values_with_ties(margin: float, label: float, tie: bool, expected: float) -> None:
+    compared = pairs([0], [1], [margin], [label], tie=[tie])
+    loss = rao_kupper(torch.tensor([1.5, 0.5]), compared, theta=2.0)
+    assert loss.ndim == 0 and float(loss) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("theta", [1.001, 1.5, 4.0])
+def test_winning_losing_and_a_tie_are_all_that_can_happen(theta: float) -> None:
+    for difference in (-3.0, 0.0, 0.7, 20.0):
+        rewards = torch.tensor([difference, 0.0], dtype=torch.float64)
+        outcomes = [
+            float(torch.exp(-rao_kupper(rewards, compared, theta)))
+            for compared in (
+                pairs([0], [1]),
+                pairs([1], [0]),
+                pairs([0], [1], label=[0.5], tie=[True]),
+            )
+        ]
+        assert sum(outcomes) == pytest.approx(1.0, abs=1e-12)
+        assert outcomes[2] == pytest.approx(
+            (theta**2 - 1) / ((1 + theta * np.exp(-difference)) * (1 + theta * np.exp(difference)))
+        )
+
+
+def test_a_tie_pulls_rewards_together_and_a_pair_apart() -> None:
+    for tie, sign in ((True, 1), (False, -1)):
+        rewards = torch.tensor([1.0, 0.0], requires_grad=True)
+        rao_kupper(rewards, pairs([0], [1], label=[0.5 if tie else 1.0], tie=[tie]), 2.0).backward()
+        assert rewards.grad is not None
+        assert rewards.grad[0] * sign > 0 and rewards.grad[1] == -rewards.grad[0]
+
+
+def test_without_ties_and_at_theta_near_one_it_is_bradley_terry() -> None:
+    rewards = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)
+    compared = pairs([0, 0, 1], [1, 2, 2], [0.0, 0.5, 1.0], [1.0, 0.8, 0.3])
+    near = rao_kupper(rewards, compared, 1 + 1e-12)
+    assert float(near) == pytest.approx(float(bradley_terry(rewards, compared)), abs=1e-9)
+
+
+def test_every_objective_has_its_loss() -> None:
+    names = {"bradley_terry", "plackett_luce", "rao_kupper"}
+    assert LOSSES.keys() == names
+    for name in names:
+        loss = TrainConfig(name="r", data={"train": "d"}, loss={"objective": name}).loss
+        assert loss.objective == name
 
 
 # Weights.

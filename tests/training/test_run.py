@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from rayrm.config import TrainConfig
 from rayrm.errors import TrainingError
 from rayrm.training import fit as train
 from rayrm.training import run
+from rayrm.training.config import TrainConfig
 from rayrm.training.fit import claim
 
 

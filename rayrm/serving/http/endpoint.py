@@ -23,13 +23,14 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 import rayrm
-from rayrm.config import OWN, ServeConfig
+from rayrm.config import OWN
 from rayrm.errors import RowError, ServiceError, UnknownReward, VersionGone
 from rayrm.model.export import load_template
 from rayrm.model.foreign import open_model
 from rayrm.rows import Rewards, Row
 from rayrm.serving.callers import this_caller
 from rayrm.serving.client import RewardClient, ScoredStep
+from rayrm.serving.config import ServeConfig
 from rayrm.serving.http import openrlhf
 from rayrm.serving.http.failures import (
     REFUSALS,

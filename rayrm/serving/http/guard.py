@@ -11,8 +11,8 @@ from fastapi import HTTPException
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rayrm.config import HttpSection
 from rayrm.errors import ConfigError
+from rayrm.serving.config import HttpSection
 from rayrm.serving.http.failures import answer
 
 # The rest of the body stays unread: the connection is of no further use.
