@@ -11,11 +11,14 @@ import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int32]
+
+T = TypeVar("T", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,11 @@ def balance(costs: Sequence[int], bins: int) -> list[list[int]]:
         filled[b].append(i)
         heapq.heappush(heap, (cost + costs[i], b))
     return sorted(filled, key=lambda indices: -sum(costs[i] for i in indices))
+
+
+def by_group(values: NDArray[T], sizes: Sequence[int]) -> list[NDArray[T]]:
+    """Values [N] of the responses of groups, one after the other, as one array for each group."""
+    return np.split(values, np.cumsum(sizes)[:-1])
 
 
 def split_group(group: TokenGroup, budget: int) -> Iterator[range]:

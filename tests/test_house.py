@@ -15,6 +15,7 @@ ROOT = Path(rayrm.__file__).parent
 # From the ground up. The public names come last: they are of all floors.
 FLOORS = [
     "errors",
+    "files",
     "config",
     "packing",
     "gauges",

@@ -22,7 +22,7 @@ NAMES = {
     "fit",
 }
 
-HEAVY = ["torch", "transformers", "ray", "deepspeed", "datasets", "matplotlib"]
+HEAVY = ["torch", "transformers", "ray", "deepspeed", "datasets", "pandas", "matplotlib"]
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -55,6 +55,12 @@ def test_import_rayrm_loads_nothing_heavy() -> None:
 
 def test_configs_load_nothing_heavy() -> None:
     assert loaded_by("from rayrm import TrainConfig, ServeConfig; import rayrm.errors") == set()
+
+
+def test_a_client_and_its_rows_load_nothing_heavy_before_the_first_call() -> None:
+    clients = 'RewardClient(), RewardClient("app"), RewardClient(url="http://localhost:8000")'
+    assert loaded_by(f"from rayrm import RewardClient, Rewards, fingerprint; {clients}") == set()
+    assert loaded_by("import rayrm.rows, rayrm.serving.client") == set()
 
 
 def test_scoring_in_one_process_needs_neither_ray_nor_deepspeed_nor_pictures() -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from rayrm.data.records import Group
 from rayrm.model.engine import RewardModel
-from rayrm.packing import Ids
+from rayrm.packing import Ids, by_group
 from rayrm.rows import Row
 
 Floats = NDArray[np.floating]
@@ -168,8 +168,8 @@ def score(
     rewards = model.collect(encoded, model.score_groups(encoded.groups, progress=progress)).values
     for group, owners in zip(encoded.groups, encoded.owners, strict=True):
         rewards[owners] = equal_for_equals(group.rows, rewards[owners])
-    ends = np.cumsum([len(g.responses) for g in groups])[:-1]
-    columns = (np.split(column, ends) for column in (rewards, encoded.tokens, encoded.truncated))
+    sizes = [len(g.responses) for g in groups]
+    columns = (by_group(column, sizes) for column in (rewards, encoded.tokens, encoded.truncated))
     return [
         ScoredGroup(
             r,

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import AutoTokenizer
 
 from rayrm.errors import ExportError
+from rayrm.files import cache_directory, move_directory, whole_file
 from rayrm.text.clock import reads_clock, stop_clocks
 from rayrm.text.fingerprints import SETTINGS, TEMPLATE, fingerprint_text, read_chat_templates
 from rayrm.text.template import Template, TemplateSpec
@@ -32,6 +33,9 @@ from rayrm.text.template import Template, TemplateSpec
 # 2: adapter. 3: text_to_ids, and of the template rule, thoughts and ends.
 FORMAT_VERSION = 3
 RECORD = "rayrm.json"
+
+# Seconds after which a file's times tell whether it was written again.
+SETTLED_S = 10.0
 
 # Files that hold weights: large, and told apart by their size where they are far away.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -136,9 +140,8 @@ class Export(BaseModel):
         return f"{self.name}@{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
     def write(self, directory: Path) -> None:
-        partial = directory / f".{RECORD}"
-        partial.write_text(self.model_dump_json(indent=2) + "\n")
-        os.replace(partial, directory / RECORD)
+        with whole_file(directory / RECORD) as file:
+            file.write(f"{self.model_dump_json(indent=2)}\n".encode())
 
 
 def read_export(path: str | Path) -> tuple[Path, Export]:
@@ -166,13 +169,13 @@ def read_export(path: str | Path) -> tuple[Path, Export]:
     return directory, with_text_to_ids(directory, export)
 
 
-def read_identity(path: str) -> Export:
-    """The record of an export at a path or URI, with its version; reads no weights.
+def read_identity(path: str) -> tuple[Path, Export]:
+    """As read_export, of an export at a path or URI; neither fetches nor reads its weights.
 
     Raises ExportError.
     """
     directory = _fetch(path, merged=False) if "://" in path else Path(path)
-    return with_text_to_ids(directory, read_record(str(directory)))
+    return directory, with_text_to_ids(directory, read_record(str(directory)))
 
 
 def load_template(directory: Path, export: Export, max_length: int | None = None) -> Template:
@@ -275,9 +278,28 @@ def hash_weights(directory: Path) -> str:
     """sha256 over the safetensors files, in the order of their names."""
     digest = hashlib.sha256()
     for file in sorted(directory.glob("*.safetensors")):
-        with file.open("rb") as weights:
-            digest.update(hashlib.file_digest(weights, "sha256").digest())
+        digest.update(hash_file(file))
     return digest.hexdigest()
+
+
+def hash_file(file: Path) -> bytes:
+    """sha256 of a file, remembered in the user's cache for as long as the file is left alone.
+
+    A file that was written within the last seconds is not remembered: a second write could leave
+    its times as they are.
+    """
+    status = file.stat()
+    times = status.st_mtime_ns, status.st_ctime_ns
+    known_by = f"{file.resolve()} {status.st_ino} {status.st_size} {times}"
+    memo = cache_directory("hashes") / hashlib.sha256(known_by.encode()).hexdigest()
+    if memo.exists():
+        return memo.read_bytes()
+    with file.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").digest()
+    if time.time() - max(times) / 1e9 > SETTLED_S:
+        with whole_file(memo) as remembered:
+            remembered.write(found)
+    return found
 
 
 def write_model_card(directory: Path, export: Export) -> None:
@@ -352,9 +374,8 @@ def _fetch(uri: str, *, merged: bool = True) -> Path:
     for name in sorted(read):
         digest.update(f"{name} {len(read[name])} ".encode() + read[name])
     content = digest.hexdigest()[:16] + ("" if merged else "-adapter")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rayrm" / "exports"
+    cache = cache_directory("exports")
     if not (cache / content).exists():
-        cache.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=cache))
         for name, file in files.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
@@ -401,11 +422,7 @@ def publish(directory: Path, target: str) -> None:
 
 
 def _rename(source: Path, target: Path) -> None:
-    try:
-        source.rename(target)
-    except OSError:
-        if not target.exists():
-            raise
+    if not move_directory(source, target):
         there = target / RECORD
         published = there.read_bytes() if there.exists() else b""
         _check_same(published, (source / RECORD).read_bytes(), target, source)

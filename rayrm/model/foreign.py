@@ -24,7 +24,15 @@ from transformers import (
 )
 
 from rayrm.errors import ExportError, ModelError, RowError
-from rayrm.model.export import RECORD, Export, hash_weights, read_export, with_text_to_ids
+from rayrm.model.export import (
+    RECORD,
+    Export,
+    hash_weights,
+    load_template,
+    read_export,
+    read_identity,
+    with_text_to_ids,
+)
 from rayrm.model.net import IGNORED_WEIGHTS, load_config, longest_row, read_ends, weight_files
 from rayrm.rows import Row
 from rayrm.text.fingerprints import fingerprint
@@ -53,6 +61,18 @@ def open_model(path: str | Path) -> tuple[Path, Export]:
             "has, and for config.json"
         )
     return directory, _assume(directory, hub["name"] if hub else directory.resolve().name)
+
+
+def open_template(path: str | Path, max_length: int | None = None) -> Template:
+    """How the rows of a reward model at a path are built; reads no weights of an export.
+
+    Raises as open_model does.
+    """
+    if "://" in str(path) or (Path(path) / RECORD).exists():
+        directory, export = read_identity(str(path))
+    else:
+        directory, export = open_model(path)
+    return load_template(directory, export, max_length)
 
 
 def pinned(path: str, directory: Path) -> str:

@@ -11,11 +11,12 @@ import platform
 import sys
 import time
 import warnings
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch.nn.functional import linear
+
+from rayrm.files import cache_directory, whole_file
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -89,11 +90,9 @@ def matrix_rate(dtype: torch.dtype, seconds: float) -> float:
 
 def remembered_speedup() -> float:
     """bf16_speedup, measured once on a machine and kept in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rayrm"
-    file = cache / f"bf16-speedup-{platform.node()}-torch-{torch.__version__}"
+    file = cache_directory() / f"bf16-speedup-{platform.node()}-torch-{torch.__version__}"
     if not file.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        partial.write_text(f"{bf16_speedup():.3f}\n")
-        os.replace(partial, file)
+        speedup = f"{bf16_speedup():.3f}\n".encode()
+        with whole_file(file) as found:
+            found.write(speedup)
     return float(file.read_text())

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -36,6 +34,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rayrm.errors import ConfigError, ModelError
+from rayrm.files import cache_directory, keep_first
 from rayrm.model import attention
 from rayrm.model.attention import Layout
 from rayrm.model.decoder import FAMILIES, Decoder
@@ -384,7 +383,7 @@ def find_model(path: str, trust_remote_code: bool = False) -> str:
 @quiet()
 def default_base() -> Path:
     """SmolLM2-135M-Instruct as a plain directory in the user's cache, from its package's GGUF."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rayrm"
+    cache = cache_directory()
     directory = cache / DEFAULT_BASE
     if directory.exists():
         return directory
@@ -396,17 +395,10 @@ def default_base() -> Path:
         )
     source = Path(package.origin).parent
     file = next(source.glob("*.gguf")).name
-    cache.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=cache))
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
     del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(partial)
-    try:
-        partial.rename(directory)
-    except OSError:
-        if not directory.exists():
-            raise
-        shutil.rmtree(partial)  # another process was first
-    return directory
+    return keep_first(partial, directory)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -23,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,6 +34,7 @@ from rayrm.config import local_path
 from rayrm.data.records import read_sampled
 from rayrm.data.sources import PARTS, RUN, open_sources
 from rayrm.errors import ConfigError, DataError, ServiceError
+from rayrm.files import is_partial, whole_file
 from rayrm.model.foreign import open_model
 from rayrm.model.hardware import fast_dtype
 from rayrm.rows import Rewards, Row
@@ -162,11 +162,11 @@ def list_files(source: str, split: str, target: Path) -> tuple[list[str], list[s
     The target, and what lies beside it on the way there, are no part of either.
     """
     own = target.resolve()
-    beside = own.with_name(_parts_name(own)), own.with_name(_partial_name(own))
+    beside = own.with_name(_parts_name(own))
 
     def foreign(name: str) -> bool:
         path = Path(name).resolve()
-        return path != own and not any(b in (path, *path.parents) for b in beside)
+        return path != own and beside not in (path, *path.parents) and not is_partial(path, own)
 
     ignored = list[str]()
     names = [name for name, _ in open_sources(source, split, ignored)]
@@ -336,7 +336,7 @@ class Parts:
         if not record.exists():
             run["dtype"] = _decide_dtype(config)
             self.directory.mkdir(parents=True, exist_ok=True)
-            with _whole(record) as file:
+            with whole_file(record) as file:
                 file.write(json.dumps(run, indent=2).encode())
             return config.model_copy(update={"dtype": run["dtype"]})
         before = json.loads(record.read_bytes())
@@ -364,7 +364,7 @@ class Parts:
 
     def write(self, part: Part, columns: dict[str, list[Any]]) -> None:
         """Write a part that is scored, with the columns that its rows got."""
-        with _whole(self.file(part.index)) as file:
+        with whole_file(self.file(part.index)) as file:
             if self.corpus.schema is not None:
                 arrays = _arrays(part.records, self.corpus.schema)
                 for name, kind in ADDED.items():
@@ -381,7 +381,7 @@ class Parts:
     def join(self) -> None:
         """All parts, in order, as the target; then they are removed."""
         files = [self.file(p) for p in range(self.corpus.parts)]
-        with _whole(self.target) as target:
+        with whole_file(self.target) as target:
             if self.corpus.schema is not None:
                 with pq.ParquetWriter(target, pq.read_schema(files[0])) as writer:
                     for file in files:
@@ -549,19 +549,6 @@ def _line(record: dict[str, Any]) -> bytes:
 
 def _parts_name(target: Path) -> str:
     return f"{target.name}{PARTS}"
-
-
-def _partial_name(path: Path) -> str:
-    return f".{path.name}.partial"
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that is there once the block is left, or not at all."""
-    partial = path.with_name(_partial_name(path))
-    with partial.open("wb") as file:
-        yield file
-    os.replace(partial, path)
 
 
 def _bar(rows: int, done: int) -> tqdm[Any]:

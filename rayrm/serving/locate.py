@@ -21,7 +21,7 @@ def locate_export(config: ServeConfig) -> tuple[ServeConfig, Served]:
     if config.adapters:
         return locate_adapters(config)
     if "://" in config.export:
-        export = read_identity(config.export)
+        _, export = read_identity(config.export)
         return config, Served(export=config.export, version=export.version)
     directory, export = open_model(config.export)
     if config.max_length is not None:

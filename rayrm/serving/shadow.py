@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import spearmanr
 
 from rayrm.rows import Rewards
 
@@ -84,16 +85,10 @@ def disagreement(
 
 
 def rank_correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Spearman's: Pearson's correlation of the ranks, equal values at their mean rank."""
-    ranks = np.stack([ranked(a), ranked(b)])
-    if not ranks.std(axis=1).all():
+    """Spearman's; NaN where one of the two is always the same."""
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
-    return float(np.atleast_2d(np.corrcoef(ranks))[0, 1])
-
-
-def ranked(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    return np.take(np.cumsum(count) - (count - 1) / 2, place)
+    return float(spearmanr(a, b).statistic)
 
 
 def merge(differences: Sequence[Difference]) -> Difference:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -26,6 +24,7 @@ from numpy.typing import NDArray
 
 from rayrm.data.records import Group, data_fingerprint
 from rayrm.errors import DataError, EmptyResponse, RowError, RowTooLong
+from rayrm.files import cache_directory, keep_first
 from rayrm.packing import Ids, TokenGroup, plan_packs
 from rayrm.rows import Row
 from rayrm.text.fingerprints import fingerprint_of_text
@@ -192,10 +191,9 @@ def encode_groups(
     choices = [[p.choice for p in group.preferences] for group in groups]
     asked = [overlong, together, pairs_per_group, whole_choices]
     key = json.dumps([ENCODING, made_from, choices, asdict(template.spec), text_to_ids, asked])
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rayrm" / "encoded"
+    cache = cache_directory("encoded")
     directory = cache / hashlib.sha256(key.encode()).hexdigest()[:32]
     if not directory.exists():
-        cache.mkdir(parents=True, exist_ok=True)
         report = EncodeReport()
         rows = [
             _as_row(part)
@@ -208,12 +206,7 @@ def encode_groups(
         partial = Path(tempfile.mkdtemp(dir=cache))
         Dataset.from_list(rows).save_to_disk(partial)
         (partial / "report.json").write_text(json.dumps(asdict(report)))
-        try:
-            partial.rename(directory)
-        except OSError:
-            if not directory.exists():
-                raise
-            shutil.rmtree(partial)  # another rank was first
+        keep_first(partial, directory)
     report = EncodeReport(**json.loads((directory / "report.json").read_text()))
     if report.bad and on_bad_record == "error":
         raise DataError(report.bad[0])

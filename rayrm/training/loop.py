@@ -37,7 +37,7 @@ from rayrm.evaluation.evaluate import ScoredGroup, equal_for_equals, summarize
 from rayrm.model.net import (
     pack_tensors,
 )
-from rayrm.packing import Pack, TokenGroup, share_packs, split_group
+from rayrm.packing import Pack, TokenGroup, by_group, share_packs, split_group
 from rayrm.training.checkpoint import load_shards, save_shards
 from rayrm.training.config import TrainConfig, TrainSection
 from rayrm.training.dataset import PreferenceGroup, Schedule
@@ -297,8 +297,8 @@ class Rank:
         groups = [self.held_out[i] for i in range(len(self.held_out))]
         pieces = self.cut([group.tokens for group in groups])
         rewards = self.score(pieces, self.share([piece.tokens for piece in pieces])).cpu().numpy()
-        ends = np.cumsum([len(group.tokens.suffixes) for group in groups])[:-1]
-        scored = [*map(scored_group, groups, np.split(rewards, ends))]
+        by_groups = by_group(rewards, [len(group.tokens.suffixes) for group in groups])
+        scored = [*map(scored_group, groups, by_groups)]
         figures = summarize(scored)
         for key in ("accuracy", "margin"):
             self.history[-1][f"eval_{key}"] = figures[key]

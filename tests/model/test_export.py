@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from rayrm.errors import ExportError
+from rayrm.model import export as exports
 from rayrm.model.engine import RewardModel
 from rayrm.model.export import (
     FORMAT_VERSION,
@@ -22,6 +25,8 @@ from rayrm.model.export import (
     read_export,
     write_model_card,
 )
+from rayrm.model.foreign import open_template
+from rayrm.rows import Row
 from rayrm.text.template import TemplateSpec
 from tests.makers import make_export
 
@@ -268,3 +273,42 @@ def test_a_bf16_export_is_about_half_the_size(tmp_path: Path) -> None:
         for dtype in ("bfloat16", "float32")
     ]
     assert 0.45 < sizes[0] / sizes[1] < 0.6
+
+
+def test_weights_are_hashed_once_while_they_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exports, "SETTLED_S", -1.0)
+    weights, hashed = tmp_path / "model.safetensors", list[str]()
+    digest = hashlib.file_digest
+
+    def counted(file: Any, kind: Any) -> Any:
+        hashed.append(file.name)
+        return digest(file, kind)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    weights.write_bytes(b"first")
+    first = hash_weights(tmp_path)
+    assert hash_weights(tmp_path) == first and len(hashed) == 1
+    weights.write_bytes(b"other")
+    assert hash_weights(tmp_path) != first and len(hashed) == 2
+    weights.write_bytes(b"first")
+    assert hash_weights(tmp_path) == first and len(hashed) == 3
+
+
+def test_weights_that_were_just_written_are_not_remembered(tmp_path: Path, cache: Path) -> None:
+    """Within a clock's tick another write leaves the times of a file as they are."""
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    hash_weights(tmp_path)
+    assert not any((cache / "rayrm/hashes").iterdir())
+
+
+def test_how_rows_are_built_is_read_without_the_weights(tiny_export: Path, tmp_path: Path) -> None:
+    whole, bare = open_template(tiny_export), shutil.copytree(tiny_export, tmp_path / "bare")
+    for file in bare.glob("*.safetensors"):
+        file.unlink()
+    rows = [Row("Name a fruit.", "Plum.")]
+    for of, found in zip(whole.encode(rows), open_template(bare).encode(rows), strict=True):
+        assert isinstance(of, np.ndarray) and isinstance(found, np.ndarray)
+        assert np.array_equal(of, found)
+    assert open_template(bare, 16).spec.max_length == 16

@@ -37,8 +37,8 @@ from rayrm.serving.corpus import (
     _room,
     _score,
     _scorers,
-    _whole,
     score_corpus,
+    whole_file,
 )
 from tests.makers import make_export
 
@@ -530,7 +530,7 @@ def test_rows_are_read_as_they_come_and_not_all_at_once(tmp_path: Path) -> None:
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
-    with pytest.raises(Stopped), _whole(tmp_path / "part") as file:
+    with pytest.raises(Stopped), whole_file(tmp_path / "part") as file:
         file.write(b"half a pa")
         file.flush()
         assert not (tmp_path / "part").exists()

@@ -25,8 +25,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 import rayrm
 from rayrm.config import OWN
 from rayrm.errors import RowError, ServiceError, UnknownReward, VersionGone
-from rayrm.model.export import load_template
-from rayrm.model.foreign import open_model
+from rayrm.model.foreign import open_template
 from rayrm.rows import Rewards, Row
 from rayrm.serving.callers import this_caller
 from rayrm.serving.client import RewardClient, ScoredStep
@@ -165,8 +164,7 @@ class Endpoint:
             record.chosen_for(caller) if record else Served(export=self.config.export, version="")
         )
         if served.version not in self._templates:
-            directory, found = open_model(served.export)
-            template = load_template(directory, found, self.config.max_length)
+            template = open_template(served.export, self.config.max_length)
             wanted = {other.version for other in record.wanted} if record else set()
             kept = {version: t for version, t in self._templates.items() if version in wanted}
             self._templates = {**kept, served.version: template}
