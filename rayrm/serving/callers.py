@@ -33,7 +33,7 @@ def this_caller(name: str | None = None) -> Caller:
     return Caller(name or actor or context.get_worker_id(), job, actor)
 
 
-def lives(caller: Caller) -> bool:
+def is_alive(caller: Caller) -> bool:
     """Whether the caller's actor, or else its job, is there. Asks the GCS: a millisecond."""
     if caller.actor:
         return state.actors(caller.actor).get("State") != "DEAD"
@@ -68,7 +68,7 @@ class CallsInProgress:
         while self._calls:
             await asyncio.sleep(WATCH_S)
             for caller in {ticket.caller for ticket in self._calls.values()}:
-                if not await asyncio.to_thread(lives, caller):
+                if not await asyncio.to_thread(is_alive, caller):
                     self._cancel(caller)
 
     def _cancel(self, caller: Caller) -> None:

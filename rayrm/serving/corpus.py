@@ -135,7 +135,7 @@ def score_corpus(
     resumed = corpus.rows - sum(corpus.rows_of(p) for p in missing)
     failed, unrewarded, keys, began = 0, 0, set[str](), time.monotonic()
     with _bar(corpus.rows, resumed) as bar, _scorers(config, len(missing)) as scorers:
-        for part, rewards in _score(scorers, corpus.read(missing)):
+        for part, rewards in _score_parts(scorers, corpus.read(missing)):
             columns = part.columns(rewards, corpus.many)
             parts.write(part, columns)
             failed += sum(map(any, _each(columns["reward_error"])))
@@ -404,7 +404,7 @@ class Scorer:
         return self.model.collect(encoded, self.model.score_groups(encoded.groups))
 
 
-def _score(scorers: Sequence[Any], parts: Iterator[Part]) -> Iterator[tuple[Part, Rewards]]:
+def _score_parts(scorers: Sequence[Any], parts: Iterator[Part]) -> Iterator[tuple[Part, Rewards]]:
     """Every part with its rewards, as they come, by the replicas that have started."""
     starting = {scorer.__ray_ready__.remote(): scorer for scorer in scorers}
     free = deque[Any]()

@@ -43,7 +43,7 @@ class Wanted(NamedTuple):
 
 
 @dataclass
-class _Step:
+class _StepDemand:
     """Tokens of a step, about: without an answer, waiting for room at no replica, and here.
 
     spread: other replicas may know of the step too. heard: when a chunk last came or left.
@@ -61,7 +61,7 @@ class Demand:
     """The steps that a replica has chunks of, or has heard of lately."""
 
     def __init__(self) -> None:
-        self._steps: dict[_Key, _Step] = {}
+        self._steps: dict[_Key, _StepDemand] = {}
 
     @contextmanager
     def chunk(self, ticket: Ticket, tokens: int) -> Iterator[None]:
@@ -110,8 +110,8 @@ class Demand:
         waiting = {WAITING + _name(key): float(tokens) for tokens, key in most}
         return {OUTSTANDING: float(here), **waiting}
 
-    def _hear(self, key: _Key, ticket: Ticket, tokens: int) -> _Step:
-        step = self._steps.setdefault(key, _Step())
+    def _hear(self, key: _Key, ticket: Ticket, tokens: int) -> _StepDemand:
+        step = self._steps.setdefault(key, _StepDemand())
         step.outstanding, step.waiting = ticket.outstanding, ticket.waiting
         step.replicas = ticket.replicas
         step.spread |= ticket.spread
@@ -119,7 +119,7 @@ class Demand:
         step.heard = _now()
         return step
 
-    def _known(self) -> list[_Step]:
+    def _known(self) -> list[_StepDemand]:
         """Steps with a chunk here, and those that were heard of lately; others are forgotten."""
         since = _now() - HEARD_S
         steps = self._steps.items()

@@ -36,7 +36,7 @@ class Drift:
     repeated_responses: float
 
 
-class Latest:
+class RecentRewards:
     """The latest rewards of one version, and the responses that got them."""
 
     def __init__(self) -> None:
@@ -52,9 +52,9 @@ class Latest:
     ) -> None:
         """Rewards [N], NaN where there is none; the responses' lengths, and hashes of them, [N]."""
         scored = np.isfinite(rewards)
-        self._rewards = latest(self._rewards, rewards[scored])
-        self._tokens = latest(self._tokens, tokens[scored])
-        self._responses = latest(self._responses, responses[scored])
+        self._rewards = keep_recent(self._rewards, rewards[scored])
+        self._tokens = keep_recent(self._tokens, tokens[scored])
+        self._responses = keep_recent(self._responses, responses[scored])
 
     def drift(self) -> Drift | None:
         """None before the first reward."""
@@ -72,5 +72,5 @@ class Latest:
         )
 
 
-def latest(before: NDArray[T], new: NDArray[Any]) -> NDArray[T]:
+def keep_recent(before: NDArray[T], new: NDArray[Any]) -> NDArray[T]:
     return np.concatenate([before, new], dtype=before.dtype)[-RECENT:]

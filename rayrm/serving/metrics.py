@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rayrm.serving.drift import RECENT, Latest
+from rayrm.serving.drift import RECENT, RecentRewards
 
 if TYPE_CHECKING:
     from rayrm.model.engine import RewardModel
@@ -95,7 +95,7 @@ class ServeMetrics:
         self._shadow: Trial | None = None
         self._found = 0
         self._waiting = 0
-        self._latest: dict[tuple[str, str], Latest] = {}
+        self._latest: dict[tuple[str, str], RecentRewards] = {}
 
     @contextmanager
     def request(self, rows: int) -> Iterator[None]:
@@ -155,7 +155,7 @@ class ServeMetrics:
                 self._tell(which, means)
         for which in self._latest.keys() - held.keys():
             self._tell(which, dict.fromkeys(VERSION | DRIFT))
-        self._latest = {which: self._latest.get(which) or Latest() for which in held}
+        self._latest = {which: self._latest.get(which) or RecentRewards() for which in held}
         if shadow != self._shadow:
             self.gauges.set(dict.fromkeys(SHADOW))
         self._shadow = shadow

@@ -34,8 +34,8 @@ from rayrm.serving.record import (
     Trial,
     change_record,
     delete_record,
+    pin_of,
     read_record,
-    together,
     unstaged,
 )
 from rayrm.serving.shadow import Difference, merge
@@ -163,7 +163,7 @@ def _serve(config: ServeConfig, served: Served) -> None:
             record = swap(config.app, served)
         if record.config == config:
             return
-    started = together(config.export, config.adapters)
+    started = pin_of(config.export, config.adapters)
     new = Record(config=config, started=started, current=served)
 
     def change(found: Record | None) -> Record:

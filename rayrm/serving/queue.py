@@ -155,7 +155,7 @@ class TokenQueue:
         finally:
             self._remove([place for place in self._waiting if place.call is call])
 
-    def alone(self, what: Callable[[], None]) -> None:
+    def between_packs(self, what: Callable[[], None]) -> None:
         """Run it between two packs, and wait for it."""
         self._computing.submit(what).result()
 
@@ -242,7 +242,7 @@ class TokenQueue:
         loop = asyncio.get_running_loop()
         groups = [place.group for place in pack]
         return await loop.run_in_executor(
-            self._computing, score_apart, pack[0].call.compute, groups
+            self._computing, compute_apart, pack[0].call.compute, groups
         )
 
     def _next_pack(self) -> list[_Place]:
@@ -287,7 +287,7 @@ class TokenQueue:
         self.tokens_per_second += new * (speed - self.tokens_per_second)
 
 
-def score_apart(compute: Compute, groups: Sequence[TokenGroup]) -> list[Scored]:
+def compute_apart(compute: Compute, groups: Sequence[TokenGroup]) -> list[Scored]:
     """compute; where that raises each half by itself, down to the rows that it raises for.
 
     Raises ModelBroken where it also raises for a row that it has to be able to score.
@@ -297,11 +297,11 @@ def score_apart(compute: Compute, groups: Sequence[TokenGroup]) -> list[Scored]:
     except Exception as error:
         if len(groups) > 1:
             half = len(groups) // 2
-            return score_apart(compute, groups[:half]) + score_apart(compute, groups[half:])
+            return compute_apart(compute, groups[:half]) + compute_apart(compute, groups[half:])
         (group,) = groups
         if (rows := len(group.suffixes)) > 1:
             parts = [group.part(range(rows // 2)), group.part(range(rows // 2, rows))]
-            return [_join([*score_apart(compute, parts[:1]), *score_apart(compute, parts[1:])])]
+            return [_join([*compute_apart(compute, parts[:1]), *compute_apart(compute, parts[1:])])]
         try:
             compute([PROBE])
         except Exception:

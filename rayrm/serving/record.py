@@ -40,7 +40,7 @@ DTYPES = b"rayrm.dtypes"
 KEPT = 32
 
 
-def together(own: str, adapters: Mapping[str, str]) -> str:
+def pin_of(own: str, adapters: Mapping[str, str]) -> str:
     """An export or version and those of adapters beside it, as one; without adapters it is own."""
     return " ".join([own, *(f"{name}={adapters[name]}" for name in sorted(adapters))])
 
@@ -58,7 +58,7 @@ class Served(BaseModel, frozen=True):
     @property
     def pin(self) -> str:
         """What a step is pinned to: one version of every reward."""
-        return together(self.version, {name: a.version for name, a in self.adapters.items()})
+        return pin_of(self.version, {name: a.version for name, a in self.adapters.items()})
 
     @property
     def place(self) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class Replica:
                 self.queue.own, self.queue.share, self.queue.outstanding = self.demand.wanted()
                 with self.queue.admit(ticket.caller, cost), self.in_progress.call(ticket):
                     model = await self.models.get(ticket.version)
-                    rewards = await self._score(model, chunk, ticket)
+                    rewards = await self._answer(model, chunk, ticket)
         except (Overloaded, VersionGone, UnknownReward) as refusal:
             self.refused += 1
             self.metrics.refused(refusal)
@@ -85,7 +85,7 @@ class Replica:
             self._shadow(trial, chunk, rewards[OWN])
         return rewards
 
-    async def _score(self, model: RewardModel, chunk: Chunk, ticket: Ticket) -> dict[str, Rewards]:
+    async def _answer(self, model: RewardModel, chunk: Chunk, ticket: Ticket) -> dict[str, Rewards]:
         loop, started = asyncio.get_running_loop(), time.perf_counter()
         models = {name: model.named(name) for name in ticket.rewards}
         with self.metrics.request(len(chunk.finished)):
@@ -94,7 +94,7 @@ class Replica:
             unshared = sum(group.tokens_unshared for group in encoded.groups) * len(models)
             with self.metrics.waiting(tokens, unshared):
                 scored = await asyncio.gather(
-                    *(self._score_by(m, encoded, ticket.caller) for m in models.values())
+                    *(self._rewards_by(m, encoded, ticket.caller) for m in models.values())
                 )
             self.metrics.found(self.known.rows_found)
             rewards = dict(zip(models, scored, strict=True))
@@ -108,7 +108,7 @@ class Replica:
         )
         return rewards
 
-    async def _score_by(
+    async def _rewards_by(
         self, model: RewardModel, encoded: Encoded, caller: Caller | None
     ) -> Rewards:
         compute = partial(self.queue.score, compute=model.score_groups, caller=caller)
@@ -128,7 +128,7 @@ class Replica:
         try:
             model = await self.models.get(trial.served.pin)
             encoded = await asyncio.to_thread(encode, model, chunk)
-            tried = await self._score_by(model, encoded, None)
+            tried = await self._rewards_by(model, encoded, None)
         except (VersionGone, ModelBroken):
             logger.exception(f"version={trial.served.pin} cannot score what it is compared on")
             return
@@ -144,7 +144,7 @@ class Replica:
 
     def _load(self, config: ServeConfig) -> RewardModel:
         model = load_replica(config)
-        self.queue.alone(lambda: warm_up(model))
+        self.queue.between_packs(lambda: warm_up(model))
         return model
 
     def check_health(self) -> None:

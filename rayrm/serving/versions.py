@@ -24,7 +24,7 @@ from rayrm.config import OWN
 from rayrm.errors import ExportError, VersionGone
 from rayrm.model.engine import RewardModel
 from rayrm.model.hardware import Dtype, fast_dtype
-from rayrm.serving.callers import lives
+from rayrm.serving.callers import is_alive
 from rayrm.serving.config import ServeConfig
 from rayrm.serving.record import (
     DTYPES,
@@ -32,9 +32,9 @@ from rayrm.serving.record import (
     Served,
     Trial,
     change_record,
+    pin_of,
     read_record,
     renamed,
-    together,
     unstaged,
 )
 
@@ -130,7 +130,7 @@ class Models:
         """Load what the record wants, drop what it does not want and nobody asks for."""
         with self._changing:
             record = read_record(self.app)
-            if record and record.staged and not lives(record.staged.owner):
+            if record and record.staged and not is_alive(record.staged.owner):
                 logger.warning(f"staged={record.staged.served.pin} is nobody's: its owner died")
                 record = change_record(self.app, unstaged(record.staged))
             if record is None:  # the application is being deleted
@@ -164,7 +164,7 @@ class Models:
 
     def _start(self) -> Record:
         """Load what is wanted: by the record, or by a Serve config that came after it."""
-        record, own = read_record(self.app), together(self.config.export, self.config.adapters)
+        record, own = read_record(self.app), pin_of(self.config.export, self.config.adapters)
         if record is None or record.started != own:
             served = self._load(None)
             record = change_record(self.app, partial(self._started, served))
@@ -176,7 +176,7 @@ class Models:
 
     def _started(self, served: Served, record: Record | None) -> Record:
         """The record where Serve starts replicas with what this one was started with."""
-        started = together(self.config.export, self.config.adapters)
+        started = pin_of(self.config.export, self.config.adapters)
         if record and record.started == started:  # another replica was first
             return record
         config = self.config.model_copy(update={"app": self.app})

@@ -171,14 +171,14 @@ def encode_groups(
     template: Template,
     overlong: Overlong,
     *,
-    together: bool = True,
+    cut_alike: bool = True,
     pairs_per_group: int | None = None,
     whole_choices: bool = False,
     on_bad_record: Literal["error", "skip"] = "error",
 ) -> PreferenceData:
     """Encode groups, or read them from the cache if the same ones were encoded before.
 
-    together, as in training: overlong "truncate" cuts a group's prompt from the left so that its
+    cut_alike, as in training: overlong "truncate" cuts a group's prompt from the left so that its
     longest row fits max_length, the same for all of its responses, and pairs that became identical
     are left out. Else every row is cut by itself and such a pair stays, as where it is served.
     overlong "error" leaves over-long responses out. All is counted. A group of more pairs than
@@ -189,7 +189,7 @@ def encode_groups(
     made_from = data_fingerprint(groups)
     text_to_ids = fingerprint_of_text(template.tokenizer, datetime.now())
     choices = [[p.choice for p in group.preferences] for group in groups]
-    asked = [overlong, together, pairs_per_group, whole_choices]
+    asked = [overlong, cut_alike, pairs_per_group, whole_choices]
     key = json.dumps([ENCODING, made_from, choices, asdict(template.spec), text_to_ids, asked])
     cache = cache_directory("encoded")
     directory = cache / hashlib.sha256(key.encode()).hexdigest()[:32]
@@ -197,7 +197,7 @@ def encode_groups(
         report = EncodeReport()
         rows = [
             _as_row(part)
-            for group in _encode(groups, template, overlong, together, report)
+            for group in _encode(groups, template, overlong, cut_alike, report)
             for part in _split(group, pairs_per_group, whole_choices, report)
         ]
         if not rows:
@@ -217,7 +217,7 @@ def _encode(
     groups: Sequence[Group],
     template: Template,
     overlong: Overlong,
-    together: bool,
+    cut_alike: bool,
     report: EncodeReport,
 ) -> Iterator[PreferenceGroup]:
     rows = [
@@ -232,12 +232,12 @@ def _encode(
             group_rows,
             template,
             overlong,
-            together,
+            cut_alike,
             report,
         )
         pairs = [p for p in group.preferences if p.chosen in ids and p.rejected in ids]
         report.dropped_pairs += len(group.preferences) - len(pairs)
-        if together:
+        if cut_alike:
             differ = [p for p in pairs if not np.array_equal(ids[p.chosen], ids[p.rejected])]
             report.identical_pairs += len(pairs) - len(differ)
             pairs = differ
@@ -282,7 +282,7 @@ def _fit_group(
     rows: Sequence[Row],
     template: Template,
     overlong: Overlong,
-    together: bool,
+    cut_alike: bool,
     report: EncodeReport,
 ) -> dict[int, Ids]:
     """Rows by response index that fit max_length, after the group's one cut, or each row's own."""
@@ -302,10 +302,10 @@ def _fit_group(
             if isinstance(fitted, RowError):
                 report.overlong_responses += 1
             else:
-                ids[i] = result if together else fitted
+                ids[i] = result if cut_alike else fitted
                 cut |= shorter
     report.truncated_groups += cut
-    if not (cut and together):
+    if not (cut and cut_alike):
         return ids
     alike, _ = template.fit_alike([rows[i] for i in ids], list(ids.values()), overlong)
     fits = {i: of for i, of in zip(ids, alike, strict=True) if not isinstance(of, RowError)}

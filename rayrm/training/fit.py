@@ -58,7 +58,7 @@ from rayrm.training.checkpoint import consolidate, load_trained
 from rayrm.training.config import ClusterSection, TrainConfig, TrainSection
 from rayrm.training.loop import train_loop
 from rayrm.training.lora import check_frozen, export_adapter, hash_frozen, merge_adapters
-from rayrm.training.progress import shown
+from rayrm.training.progress import progress_bar
 from rayrm.training.run import as_decided, read_config, with_date, with_dtype, write_config
 from rayrm.training.setup import load_model
 
@@ -124,7 +124,7 @@ def fit(config: TrainConfig) -> TrainResult:
     # Ray Train reads it here, on the driver: without it the dashboard does not know the run.
     os.environ.setdefault(RAY_TRAIN_ENABLE_STATE_TRACKING, "1")
     try:
-        with shown(f"training {config.name}") as steps:
+        with progress_bar(f"training {config.name}") as steps:
             trained = make_trainer(config, run, partial(train_loop, steps=steps)).fit()
     except TrainingFailedError as error:
         raise first_cause(error) from error

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm.auto import tqdm
 
 
-class Steps:
+class RunProgress:
     """How far a run is. A Ray actor."""
 
     def __init__(self) -> None:
@@ -31,14 +31,14 @@ class Steps:
 
 
 @contextmanager
-def shown(description: str) -> Iterator[Any]:
+def progress_bar(description: str) -> Iterator[Any]:
     """Yields the actor whose steps are shown until the block is left.
 
     It lives where the driver does, since a worker's node may be lost, and is restarted if it dies.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
-    steps: Any = ray.remote(Steps).options(**options, scheduling_strategy=here).remote()
+    steps: Any = ray.remote(RunProgress).options(**options, scheduling_strategy=here).remote()
     # In a log a bar is a line each time, so it moves less often there.
     bar = tqdm(desc=description, unit="step", mininterval=1 if sys.stderr.isatty() else 15)
     left = threading.Event()

@@ -120,7 +120,7 @@ def load_data(
                     groups,
                     template,
                     data.overlong_rows,
-                    together=training,
+                    cut_alike=training,
                     pairs_per_group=limit,
                     whole_choices=loss.ranks,
                     on_bad_record=data.on_bad_record,

@@ -25,6 +25,7 @@ import ray
 from rayrm.data.records import read_sampled
 from rayrm.data.sources import open_sources
 from rayrm.errors import DataError, ServiceError
+from rayrm.files import whole_file
 from rayrm.model.engine import RewardModel
 from rayrm.serving import corpus
 from rayrm.serving.config import ServeConfig
@@ -35,10 +36,9 @@ from rayrm.serving.corpus import (
     ScoredCorpus,
     _digest,
     _room,
-    _score,
+    _score_parts,
     _scorers,
     score_corpus,
-    whole_file,
 )
 from tests.makers import make_export
 
@@ -561,7 +561,7 @@ def test_no_more_parts_are_read_than_replicas_hold(cluster: None) -> None:
             yield Part(p, [("", record)])
 
     done = 0
-    for part, lengths in _score(dying(2), parts()):
+    for part, lengths in _score_parts(dying(2), parts()):
         done += 1
         assert lengths == [len(part.rows[0].response)]  # type: ignore[comparison-overlap]
         assert taken - done <= 2 * 2 + 1
@@ -572,7 +572,7 @@ def test_a_part_that_kills_its_replica_is_named(cluster: None) -> None:
     records = [{"prompt": "a", "response": r} for r in ("b", "fatal")]
     parts = (Part(p, [(f"in.jsonl, row {p + 1}", r)]) for p, r in enumerate(records))
     with pytest.raises(ServiceError, match=r"part 1, from in\.jsonl, row 2 on"):
-        list(_score(dying(1), parts))
+        list(_score_parts(dying(1), parts))
 
 
 def test_a_record_tells_its_prompt_and_responses() -> None:

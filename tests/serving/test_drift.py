@@ -7,11 +7,11 @@ import pytest
 
 from rayrm.rows import Row
 from rayrm.serving.chunk import Step
-from rayrm.serving.drift import RECENT, Latest
+from rayrm.serving.drift import RECENT, RecentRewards
 
 
 def test_figures_by_hand() -> None:
-    latest = Latest()
+    latest = RecentRewards()
     assert latest.drift() is None
     rewards = np.array([1, 2, np.nan, 3, 6], dtype=np.float32)
     lengths, responses = np.array([10.0, 30, 99, 20, 20]), np.array([7, 8, 9, 7, 7])
@@ -26,14 +26,14 @@ def test_figures_by_hand() -> None:
 
 
 def test_what_does_not_vary_does_not_correlate() -> None:
-    latest = Latest()
+    latest = RecentRewards()
     latest.add(np.full(4, 2, np.float32), np.arange(4.0), np.arange(4))
     drift = latest.drift()
     assert drift and drift.reward_length_correlation == 0 and drift.repeated_responses == 0
 
 
 def test_only_the_latest_rows_count() -> None:
-    latest = Latest()
+    latest = RecentRewards()
     for value, rows, mean in ((3, RECENT, 3), (5, RECENT // 2, 4), (7, RECENT // 2, 6)):
         latest.add(np.full(rows, value, np.float32), np.full(rows, float(value)), np.arange(rows))
         drift = latest.drift()

@@ -24,7 +24,7 @@ from rayrm.serving.queue import (
     Scored,
     TokenQueue,
     Values,
-    score_apart,
+    compute_apart,
 )
 
 PACK = 200
@@ -180,7 +180,9 @@ def test_work_between_packs_disturbs_none(local: RewardModel) -> None:
         call = asyncio.create_task(queue.score(groups(2), gate))
         await settle()
         seen: list[int] = []
-        alone = asyncio.create_task(asyncio.to_thread(queue.alone, lambda: seen.extend(gate.packs)))
+        alone = asyncio.create_task(
+            asyncio.to_thread(queue.between_packs, lambda: seen.extend(gate.packs))
+        )
         await asyncio.sleep(0.05)
         assert not seen
         gate.open.release(2)
@@ -327,7 +329,7 @@ def test_one_bad_row_never_touches_its_neighbours(local: RewardModel) -> None:
     encoded = local.encode(rows, local.template.spec.fingerprint)
     expected = local.score_groups(encoded.groups)
     picky = Picky(local, {23, 27, 35})  # the fourth and eighth of the first group, of the other two
-    scored = score_apart(picky, encoded.groups)
+    scored = compute_apart(picky, encoded.groups)
     assert [sorted(group.errors) for group in scored] == [[3, 7], [7]]
     for group, values in zip(scored, expected, strict=True):
         failed = [r in group.errors for r in range(8)]
@@ -345,7 +347,7 @@ def test_one_bad_row_never_touches_its_neighbours(local: RewardModel) -> None:
 def test_a_model_that_raises_for_every_row_is_broken(local: RewardModel) -> None:
     picky = Picky(local, set(range(1000)))
     with pytest.raises(ModelBroken, match="gave up"):
-        score_apart(picky, groups(64))
+        compute_apart(picky, groups(64))
     assert picky.forwards < 10  # and that is found out soon
 
 

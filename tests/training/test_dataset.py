@@ -161,7 +161,7 @@ def test_held_out_rows_are_each_cut_by_themselves_and_none_is_left_out() -> None
     """As they are where they are served: b fits whole, and c does when its prompt is cut."""
     template = byte_template(12)
     long = group("012345", ["a", "bcdef", "cccccc", "a</s>"], [(0, 1), (2, 1), (0, 3)])
-    data = encode_groups([long], template, "truncate", together=False)
+    data = encode_groups([long], template, "truncate", cut_alike=False)
     assert texts(data, 0, template) == [
         "012345\na</s>",
         "12345\nbcdef</s>",
@@ -292,7 +292,7 @@ def test_whatever_changes_the_ids_is_encoded_anew(cache: Path) -> None:
     encode_groups(groups, chat, "truncate")
     other_end = encode_groups(groups, byte_template(eos="<end>"), "truncate")
     assert texts(other_end, 0, template) == ["Hi\na<end>", "Hi\nb<end>"]
-    encode_groups(groups, template, "truncate", together=False)
+    encode_groups(groups, template, "truncate", cut_alike=False)
     encode_groups(groups, template, "truncate", pairs_per_group=1)
     encode_groups(groups, template, "truncate", pairs_per_group=1, whole_choices=True)
     assert len(list(cache.iterdir())) == 12

@@ -39,7 +39,7 @@ from rayrm.training import fit as train
 from rayrm.training import loop
 from rayrm.training.fit import TrainResult, claim, export_run, run_directory
 from rayrm.training.loop import Rank, train_loop
-from rayrm.training.progress import shown
+from rayrm.training.progress import progress_bar
 from tests.makers import make_base
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -403,7 +403,7 @@ def test_a_run_killed_while_it_notes_its_config_can_be_started_again(
 
 
 def test_the_bar_outlives_the_process_that_counts_its_steps() -> None:
-    with shown("test") as steps:
+    with progress_bar("test") as steps:
         ray.get(steps.put.remote(1, 3, ""))
         ray.kill(steps, no_restart=False)
         while ray.get(steps.get.remote()) != (0, 0, ""):
