@@ -27,6 +27,7 @@ FLOORS = [
     "training",
     "serving",
     "integrations",
+    "commands",
     "__init__",
 ]
 

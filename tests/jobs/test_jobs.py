@@ -38,6 +38,21 @@ def test_help_does_not_wait_for_torch_or_ray(job: str) -> None:
     assert "usage" in result.stdout.lower() or "python jobs/" in result.stdout
 
 
+def test_the_command_lists_what_it_does_and_loads_nothing_heavy() -> None:
+    for arguments in ([], ["--help"], ["train", "--help"], ["serve", "-h"], ["plan", "--help"]):
+        code = (
+            "import sys; from rayrm.commands import main\n"
+            f"try: main({arguments!r})\n"
+            "except SystemExit as end: assert not end.code, end.code\n"
+            "sys.exit(bool({'torch', 'ray', 'deepspeed'} & sys.modules.keys()))"
+        )
+        result = run("-c", code)
+        assert result.returncode == 0, result.stderr
+        assert "usage: rayrm" in result.stdout
+    wrong = run("-c", "from rayrm.commands import main; main(['trian'])")
+    assert wrong.returncode == 1 and "no command 'trian'" in wrong.stderr
+
+
 def test_train_help_lists_every_override() -> None:
     text = run("jobs/train.py", "--help").stdout
     assert "--train.learning_rate" in text and "--deepspeed.zero_stage" in text

@@ -8,7 +8,17 @@ import sys
 
 import pytest
 
-from jobs.plan import Run, best, describe, fits, learner_gb, replica_gb, rollout_gb, seconds, splits
+from rayrm.commands.plan import (
+    Run,
+    best,
+    describe,
+    fits,
+    learner_gb,
+    replica_gb,
+    rollout_gb,
+    seconds,
+    splits,
+)
 
 ROUND = Run(
     policy=1e9, reward=2e9, memory=80, activations=10, cache=1e5, prompts=10, responses=4,

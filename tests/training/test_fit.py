@@ -17,8 +17,8 @@ from ray.train import CheckpointConsistencyMode, get_all_reported_checkpoints
 from ray.train.v2.api.result import Result
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from jobs.train import main
 from rayrm import RewardModel, TrainConfig, fit
+from rayrm.commands.train import main
 from rayrm.data.records import read_groups
 from rayrm.errors import ConfigError, DataError, ExportError, ModelError, TrainingError
 from rayrm.evaluation.evaluate import evaluate
