@@ -11,11 +11,12 @@ from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from rayrm.data.records import MESSAGE_KEYS, Group, Message, Text
@@ -47,6 +48,14 @@ from rayrm.evaluation.pictures import (
 
 PAGE = "report.html"
 
+# Macros by name, of which each gives a part of the page.
+HERE = Path(__file__).parent
+HTML: Any = (
+    Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
+    .get_template("report.html.jinja")
+    .module
+)
+
 # How many mistakes are shown, characters of a text of theirs, and subsets drawn.
 MISTAKES, SHOWN, SUBSETS = 10, 2000, 40
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -54,46 +63,6 @@ AVERAGES = ("easy", "normal", "hard", "mean")
 STEP = ["step", "loss", "accuracy", "margin", "learning rate", "gradient norm", "pairs"]
 STEP += ["tokens/s", "held-out loss", "held-out accuracy"]
 WHISKERS = "Whiskers, from and to: 95 % intervals that take pairs as independent."
-
-CSS = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
-       max-width: 72rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; border-top: 1px solid #ccc; padding-top: 1rem; }
-h3 { font-size: 1rem; margin: .5rem 0; overflow-wrap: anywhere; }
-p { max-width: 48rem; margin: .5rem 0; }
-.grid { display: grid; gap: 1rem 2rem; align-items: start;
-        grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
-figure { margin: 0; }
-img { width: 100%; max-width: 42rem; height: auto; }
-.table { overflow-x: auto; margin: .5rem 0 1rem; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: #555; padding-bottom: .25rem; }
-th, td { padding: .2rem .45rem; border-bottom: 1px solid #ddd; text-align: right;
-         white-space: nowrap; }
-th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal; }
-th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 4.5rem; }
-.wide { grid-column: 1 / -1; min-width: 0; }
-article { border: 1px solid #ccc; border-radius: .3rem; padding: .5rem 1rem; margin: 1rem 0; }
-article p { max-width: none; color: #555; font-size: .875rem; }
-pre { font: .875rem/1.4 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
-      background: #f5f5f5; border-left: .25rem solid #999; padding: .4rem .6rem; margin: .25rem 0; }
-pre.chosen { border-color: #0f766e; }
-pre.rejected { border-color: #a8326e; }
-pre b { color: #555; }
-@media print {
-  @page { margin: 14mm; }
-  body { font-size: 10pt; max-width: none; padding: 0; }
-  h2, h3 { break-after: avoid; }
-  section > p { break-after: avoid; }
-  .grid { grid-template-columns: 1fr 1fr; gap: .5rem 1rem; }
-  .table { overflow: visible; }
-  figure, tr, article { break-inside: avoid; }
-  table { font-size: 8pt; }
-  th, td { padding: .1rem .3rem; }
-}
-"""
 
 
 @dataclass(frozen=True)
@@ -152,19 +121,12 @@ class Report:
                 self.reward_bench(),
                 self.mistakes(),
             ]
-        title = escape("Evaluation of " + " and ".join(e.version for e in self.evaluated))
-        return (
-            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            '<meta http-equiv="Content-Security-Policy" '
-            "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-            f"<title>{title}</title><style>{CSS}</style></head>\n"
-            f"<body>{''.join(parts)}</body></html>\n"
-        )
+        title = "Evaluation of " + " and ".join(e.version for e in self.evaluated)
+        return str(HTML.page(title, Markup((HERE / "report.css").read_text()), parts))
 
     # parts -----------------------------------------------------------------------------------
 
-    def head(self) -> str:
+    def head(self) -> Markup:
         title = " and ".join(
             f"{mark} {e.version}" if mark else e.version for mark, e in self.marked
         )
@@ -179,10 +141,9 @@ class Report:
                 f"{mark} Accuracy {accuracy:.3f} on {pairs} pairs (95 % interval {low:.3f} to "
                 f"{high:.3f})."
             )
-        text = "".join(f"<p><strong>{escape(line)}</strong></p>" for line in lines)
-        return f"<h1>Evaluation of {escape(title)}</h1>{text}<p>Data: {escape(self.data)}</p>"
+        return HTML.head(title, lines, self.data)
 
-    def figures(self) -> str:
+    def figures(self) -> Markup:
         names = {
             "accuracy": "accuracy (a tie is half right)",
             "pairs": "pairs with both rewards",
@@ -210,7 +171,7 @@ class Report:
             tables.append(self.agreement())
         return section("Figures", "", tables)
 
-    def agreement(self) -> str:
+    def agreement(self) -> Markup:
         """How many pairs each ranks right, alone or with the other, of those both have scored."""
         won = [
             dict(
@@ -231,9 +192,9 @@ class Report:
         caption = "Pairs ranked right (a tie is not), of those that both have scored"
         return table("agreement", ["ranked right by", "pairs", "share"], rows, caption)
 
-    def training(self) -> str:
+    def training(self) -> Markup:
         if not any(e.history for e in self.evaluated):
-            return ""
+            return Markup()
         blocks = []
         for key, label in (("loss", "loss (nats)"), ("accuracy", "accuracy (share of pairs)")):
             figure = draw_curve([(m, e.history) for m, e in self.marked], key, label)
@@ -253,7 +214,7 @@ class Report:
         )
         return section("Training", text, blocks)
 
-    def rewards(self) -> str:
+    def rewards(self) -> Markup:
         blocks = []
         for mark, e in self.marked:
             judged = e.judged
@@ -271,7 +232,7 @@ class Report:
         text = "A response counts once for each of its pairs."
         return section("Chosen and rejected rewards", text, blocks)
 
-    def reliability(self) -> str:
+    def reliability(self) -> Markup:
         blocks = []
         for mark, e in self.marked:
             bins = reliability(e.judged.margins)
@@ -297,7 +258,7 @@ class Report:
         )
         return section("Reliability", text, blocks)
 
-    def by_margin(self) -> str:
+    def by_margin(self) -> Markup:
         blocks = []
         for mark, e in self.marked:
             bins = equal_bins(np.abs(e.judged.margins), e.judged.right, 8)
@@ -319,7 +280,7 @@ class Report:
             ]
         )
 
-    def by_length(self) -> str:
+    def by_length(self) -> Markup:
         blocks = []
         for mark, e in self.marked:
             bins = signed_bins(e.judged.longer, e.judged.right, 4)
@@ -333,7 +294,7 @@ class Report:
 
     def binned(
         self, mark: str, e: Evaluated, name: str, bins: Sequence[Bin], label: str, form: str
-    ) -> str:
+    ) -> Markup:
         names = [span(b, form) for b in bins]
         rows = [
             [text, *map(number, (b.pairs, b.accuracy, *interval(b.accuracy, b.pairs)))]
@@ -344,7 +305,7 @@ class Report:
         head = ["bin", "pairs", "accuracy", "from", "to"]
         return self.block(mark, e, picture, table(name, head, rows, label))
 
-    def reward_by_length(self) -> str:
+    def reward_by_length(self) -> Markup:
         blocks = []
         for mark, e in self.marked:
             lengths, rewards = within_groups(e.scored)
@@ -369,13 +330,13 @@ class Report:
             "Each dot is a response, compared with the mean of the responses to its prompt, so "
             "that prompts with long answers do not count as a preference for length."
         )
-        return section("Reward and length", text, blocks) if blocks else ""
+        return section("Reward and length", text, blocks) if blocks else Markup()
 
-    def subsets(self) -> str:
+    def subsets(self) -> Markup:
         subsets = [e.figures["subsets"] for e in self.evaluated]
         names = sorted(subsets[0], key=lambda name: -subsets[0][name]["pairs"])
         if len(names) < 2:
-            return ""
+            return Markup()
         rows = []
         for name in sorted(names):
             cells = [name or "(none)"]
@@ -390,7 +351,7 @@ class Report:
             head += [f"{mark} {column}".strip() for column in ("pairs", "accuracy", "from", "to")]
         drawn = sorted(n for n in names[:SUBSETS] if all(s[n]["pairs"] for s in subsets))
         if not drawn:
-            return ""
+            return Markup()
         figure = draw_subsets(drawn, list(zip(self.marks, subsets, strict=True)))
         left_out = f" Drawn: {len(drawn)} of {len(names)}." if len(drawn) < len(names) else ""
         blocks = [
@@ -399,7 +360,7 @@ class Report:
         ]
         return section("Accuracy by subset", WHISKERS + left_out, blocks)
 
-    def rm_bench(self) -> str:
+    def rm_bench(self) -> Markup:
         blocks = []
         for mark, e in self.marked:
             found = e.figures["rm_bench"]
@@ -424,12 +385,12 @@ class Report:
             "RM-Bench (Liu et al. 2024). Easy: chosen has the fancier style; normal: both have the "
             "same; hard: rejected has the fancier. A tie is wrong; every domain weighs the same."
         )
-        return section("RM-Bench: accuracy by style", text, blocks) if blocks else ""
+        return section("RM-Bench: accuracy by style", text, blocks) if blocks else Markup()
 
-    def reward_bench(self) -> str:
+    def reward_bench(self) -> Markup:
         found = [e.figures["reward_bench"] for e in self.evaluated]
         if None in found:
-            return ""
+            return Markup()
         rows = []
         for name, weights in REWARD_BENCH.items():
             sections = [f["sections"].get(name, {"score": None, "subsets": {}}) for f in found]
@@ -447,17 +408,15 @@ class Report:
         )
         return section("RewardBench: scores by section", text, [table("reward-bench", head, rows)])
 
-    def mistakes(self) -> str:
-        parts = []
-        for mark, e in self.marked:
-            found = worst(e.judged)
-            title = f"<h3>{escape(f'{mark} {e.version}')}</h3>" if mark else ""
-            parts.append(title + ("" if found else "<p>None.</p>"))
-            parts += [self.mistake(e, place) for place in found]
+    def mistakes(self) -> Markup:
+        parts = [
+            HTML.mistakes(title_of(mark, e), [self.mistake(e, place) for place in worst(e.judged)])
+            for mark, e in self.marked
+        ]
         text = f"The worst pair of each group, and the {MISTAKES} worst of these."
-        return section("Worst mistakes", text, ["".join(parts)], "")
+        return section("Worst mistakes", text, parts, "")
 
-    def mistake(self, e: Evaluated, place: int) -> str:
+    def mistake(self, e: Evaluated, place: int) -> Markup:
         judged = e.judged
         g, winner, loser = (int(c[place]) for c in (judged.group, judged.winner, judged.loser))
         group = self.groups[g]
@@ -472,7 +431,7 @@ class Report:
             f"chosen - rejected {judged.longer[place]:+.0f} tokens",
             *others,
         ]
-        texts = [f"<p>{escape(' · '.join(about))}</p>", block_of_text("prompt", group.prompt, "")]
+        texts = [block_of_text("prompt", group.prompt, "")]
         for name, i, reward in (
             ("chosen", winner, judged.winner_reward[place]),
             ("rejected", loser, judged.loser_reward[place]),
@@ -480,24 +439,28 @@ class Report:
             cut = "" if group.finished[i] else ", cut off by the sampler"
             title = f"{name}, reward {number(reward)}{cut}"
             texts.append(block_of_text(title, group.responses[i], name))
-        return f"<article>{''.join(texts)}</article>"
+        return HTML.article(" · ".join(about), texts)
 
     # page ------------------------------------------------------------------------------------
 
-    def picture(self, name: str, figure: Figure, alt: str) -> str:
+    def picture(self, name: str, figure: Figure, alt: str) -> Markup:
         """Write a picture and return it embedded."""
         file = self.directory / f"{name}.png"
         save(figure, file)
         data = b64encode(file.read_bytes()).decode()
-        return f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{data}"></figure>'
+        return HTML.picture(alt, data)
 
-    def block(self, mark: str, e: Evaluated, picture: str, text: str) -> str:
+    def block(self, mark: str, e: Evaluated, picture: Markup, text: Markup) -> Markup:
         """A picture and its table: beside each other, or under each other beside the other's."""
-        return self.titled(mark, e, picture + text) if mark else f"{picture}<div>{text}</div>"
+        return self.titled(mark, e, picture, text) if mark else HTML.beside(picture, text)
 
-    def titled(self, mark: str, e: Evaluated, html: str) -> str:
-        title = f"<h3>{escape(f'{mark} {e.version}')}</h3>" if mark else ""
-        return f"<div>{title}{html}</div>"
+    def titled(self, mark: str, e: Evaluated, *blocks: Markup) -> Markup:
+        return HTML.titled(title_of(mark, e), blocks)
+
+
+def title_of(mark: str, e: Evaluated) -> str:
+    """Of one of two exports; one alone needs none."""
+    return f"{mark} {e.version}" if mark else ""
 
 
 def training_row(step: dict[str, Any]) -> list[str]:
@@ -519,29 +482,22 @@ def worst(judged: Judged) -> list[int]:
 # Text → HTML --------------------------------------------------------------------------------------
 
 
-def section(title: str, text: str, blocks: Iterable[str], kind: str = "grid") -> str:
-    text = f"<p>{escape(text)}</p>" if text else ""
-    return f'<section><h2>{title}</h2>{text}<div class="{kind}">{"".join(blocks)}</div></section>\n'
+def section(title: str, text: str, blocks: Iterable[Markup], kind: str = "grid") -> Markup:
+    return HTML.section(title, text, list(blocks), kind)
 
 
-def wide(html: str) -> str:
+def wide(block: Markup) -> Markup:
     """Across all columns of its section."""
-    return f'<div class="wide">{html}</div>'
+    return HTML.wide(block)
 
 
-def table(name: str, head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
-    caption = f"<caption>{escape(caption)}</caption>" if caption else ""
-    heads = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in rows
-    )
-    return (
-        f'<div class="table"><table id="{name}">{caption}<thead><tr>{heads}</tr></thead>\n'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+def table(
+    name: str, head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = ""
+) -> Markup:
+    return HTML.table(name, head, rows, caption)
 
 
-def block_of_text(title: str, text: Text, kind: str) -> str:
+def block_of_text(title: str, text: Text, kind: str) -> Markup:
     """A prompt or response; the middle of what is very long is left out, and says so."""
     messages = [{"role": "", "content": text}] if isinstance(text, str) else text
     parts = []
@@ -551,9 +507,8 @@ def block_of_text(title: str, text: Text, kind: str) -> str:
             half = SHOWN // 2
             note = f"\n[… {left_out} characters left out …]\n"
             content = content[:half] + note + content[-half:]
-        role = f"<b>{escape(message['role'])}</b>\n" if message["role"] else ""
-        parts.append(role + escape(content))
-    return f'<p>{escape(title)}</p><pre class="{kind}">{chr(10).join(parts) or " "}</pre>'
+        parts.append((message["role"], content))
+    return HTML.text(title, kind, [part for part in parts if any(part)])
 
 
 def shown_message(message: Message) -> str:
