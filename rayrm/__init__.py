@@ -6,6 +6,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rayrm.errors import (
+        ConfigError,
+        DataError,
+        EmptyResponse,
+        ExportError,
+        InvalidRow,
+        InvalidTokenIds,
+        ModelError,
+        NonFiniteReward,
+        Overloaded,
+        RayrmError,
+        RowError,
+        RowFailed,
+        RowTooLong,
+        ServiceError,
+        StepTimeout,
+        TrainingError,
+        UnknownReward,
+        VersionGone,
+    )
     from rayrm.model.engine import RewardModel
     from rayrm.rows import Rewards
     from rayrm.serving.client import RewardClient
@@ -16,12 +36,30 @@ if TYPE_CHECKING:
     from rayrm.training.fit import TrainResult, fit
 
 _HOME = {
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "EmptyResponse": "errors",
+    "ExportError": "errors",
+    "InvalidRow": "errors",
+    "InvalidTokenIds": "errors",
+    "ModelError": "errors",
+    "NonFiniteReward": "errors",
+    "Overloaded": "errors",
+    "RayrmError": "errors",
     "RewardClient": "serving.client",
     "RewardModel": "model.engine",
     "Rewards": "rows",
+    "RowError": "errors",
+    "RowFailed": "errors",
+    "RowTooLong": "errors",
     "ServeConfig": "serving.config",
+    "ServiceError": "errors",
+    "StepTimeout": "errors",
     "TrainConfig": "training.config",
     "TrainResult": "training.fit",
+    "TrainingError": "errors",
+    "UnknownReward": "errors",
+    "VersionGone": "errors",
     "deploy": "serving.operations",
     "fingerprint": "text.fingerprints",
     "fit": "training.fit",
@@ -29,12 +67,30 @@ _HOME = {
 
 __version__ = "0.1.0"
 __all__ = [
+    "ConfigError",
+    "DataError",
+    "EmptyResponse",
+    "ExportError",
+    "InvalidRow",
+    "InvalidTokenIds",
+    "ModelError",
+    "NonFiniteReward",
+    "Overloaded",
+    "RayrmError",
     "RewardClient",
     "RewardModel",
     "Rewards",
+    "RowError",
+    "RowFailed",
+    "RowTooLong",
     "ServeConfig",
+    "ServiceError",
+    "StepTimeout",
     "TrainConfig",
     "TrainResult",
+    "TrainingError",
+    "UnknownReward",
+    "VersionGone",
     "deploy",
     "fingerprint",
     "fit",

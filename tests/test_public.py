@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import rayrm
+from rayrm import errors
 
 NAMES = {
     "RewardClient",
@@ -34,12 +35,15 @@ def loaded_by(statement: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_the_public_names_are_these() -> None:
-    assert set(rayrm.__all__) == NAMES
+ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type)}
+
+
+def test_the_public_names_are_these_and_every_error() -> None:
+    assert set(rayrm.__all__) == NAMES | ERRORS
     assert rayrm.__all__ == sorted(rayrm.__all__)
 
 
-@pytest.mark.parametrize("name", sorted(NAMES - {"TrainResult", "fit"}))
+@pytest.mark.parametrize("name", sorted((NAMES | ERRORS) - {"TrainResult", "fit"}))
 def test_a_public_name_is_where_it_says(name: str) -> None:
     assert getattr(rayrm, name).__name__ == name
 
