@@ -1,8 +1,8 @@
 """A cluster of replicas and callers in virtual time: real planning, sending, routing and queueing.
 
-What runs is Step, Sending, TokenQueue and the router class of Ray Serve. Simulated are the clock,
-the network between a router and a replica, and the seconds that a pack takes. Knows nothing of
-tokenizing, serialisation, the object store, a busy event loop, the cache of known
+What runs is Step, Sending, Replica.score, TokenQueue and the router class of Ray Serve. Simulated
+are the clock, the network between a router and a replica, and the seconds that a pack takes. Knows
+nothing of tokenizing, serialisation, the object store, a busy event loop, the cache of known
 rewards, or deaths: a real cluster is slower by those.
 """
 
@@ -12,8 +12,10 @@ import asyncio
 import random
 import selectors
 from collections.abc import Coroutine, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import count, groupby
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -30,7 +32,7 @@ from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequ
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 
 from rayrm.config import OWN
-from rayrm.errors import Overloaded
+from rayrm.model.engine import RewardModel
 from rayrm.packing import Ids, TokenGroup
 from rayrm.rows import Rewards, Row
 from rayrm.serving.application import MAX_ONGOING_REQUESTS
@@ -38,6 +40,7 @@ from rayrm.serving.autoscale import add_up
 from rayrm.serving.chunk import Chunk, Step
 from rayrm.serving.demand import Demand
 from rayrm.serving.queue import Scored, TokenQueue, Values, _Place, _tokens
+from rayrm.serving.replica import Replica
 from rayrm.serving.sending import Sending
 from rayrm.serving.ticket import Caller, Ticket
 from rayrm.serving.transports import Answer, Target, Transport
@@ -137,8 +140,8 @@ class NumberedID:
         return str(self.number)
 
 
-class SimulatedReplica:
-    """Serve's replica and ours in it, and what a router knows of them."""
+class SimulatedReplica(Replica):
+    """Our replica, whose model takes its time and gives 0; and what a router knows of it."""
 
     node_id = "node"
     availability_zone = "zone"
@@ -150,23 +153,22 @@ class SimulatedReplica:
         self.queue = SimulatedQueue(speed)
         self.demand = Demand()
         self.ongoing = self.calls = self.refused = 0
+        # Of virtual seconds no thread hears: callers do not die here, and nobody scrapes.
+        self.in_progress = cast(Any, SimpleNamespace(call=lambda _: nullcontext()))
+        self.models = cast(Any, SimpleNamespace(get=held, shadow=None))
+        self.metrics = cast(Any, SimpleNamespace(refused=lambda _: None))
 
     async def get_queue_len(self, *, deadline_s: float) -> int:
         await asyncio.sleep(2 * LATENCY_S)
         return self.ongoing
 
-    async def score(self, chunk: Chunk, ticket: Ticket) -> dict[str, Rewards] | Overloaded:
-        """As Replica.score does it."""
-        self.calls += 1
-        try:
-            with self.demand.chunk(ticket, chunk.cost):
-                self.queue.own, self.queue.share, self.queue.outstanding = self.demand.wanted()
-                with self.queue.admit(ticket.caller, chunk.cost):
-                    scored = await self.queue.score(to_groups(chunk), no_model, ticket.caller)
-        except Overloaded as refusal:
-            self.refused += 1
-            return refusal
+    async def _answer(self, model: RewardModel, chunk: Chunk, ticket: Ticket) -> dict[str, Rewards]:
+        scored = await self.queue.score(to_groups(chunk), no_model, ticket.caller)
         return {OWN: to_rewards(np.concatenate([group.values for group in scored]))}
+
+
+async def held(version: str) -> None:
+    """The model of any version, which is none."""
 
 
 def no_model(groups: Sequence[TokenGroup]) -> Sequence[Values]:
@@ -217,7 +219,7 @@ class SimulatedHandle(Transport):
             raise reply
         return Answer(reply, target.version)
 
-    async def _request(self, chunk: Chunk, ticket: Ticket) -> dict[str, Rewards] | Overloaded:
+    async def _request(self, chunk: Chunk, ticket: Ticket) -> dict[str, Rewards] | Exception:
         """What ray/serve/_private/router.py does around a request, rejections excepted."""
         name = f"{ticket.step}-{ticket.part}"
         metadata = RequestMetadata(name, f"{name}-{next(self.numbers)}", call_method="score")

@@ -20,6 +20,7 @@ from rayrm.rows import make_rows
 from rayrm.serving.queue import (
     GATHER_S,
     PACKS_WAITING,
+    RETRY_AFTER,
     ModelBroken,
     Scored,
     TokenQueue,
@@ -199,11 +200,28 @@ def test_a_full_queue_says_no_at_once_and_when_to_come_back() -> None:
             held.enter_context(queue.admit(caller, LIMIT // 4))
         with pytest.raises(Overloaded, match=f"limit of {LIMIT}") as full:
             held.enter_context(queue.admit("e", LIMIT // 4))
-        assert full.value.retry_after_s > 0
+        assert full.value.retry_after_s == RETRY_AFTER[1]  # nothing is known of its speed yet
         assert queue.admitted_tokens == LIMIT
     assert queue.admitted_tokens == 0
     with queue.admit("d", LIMIT // 4):
         assert queue.admitted_tokens == LIMIT // 4
+
+
+@pytest.mark.parametrize(
+    ("limits_a_second", "seconds"), [(1.0, RETRY_AFTER[1]), (5.0, 0.15), (1000.0, RETRY_AFTER[0])]
+)
+def test_a_refused_caller_comes_back_when_half_is_computed(
+    limits_a_second: float, seconds: float
+) -> None:
+    """With another quarter three quarters of the limit are above its half, at that speed."""
+    queue = TokenQueue(tokens_per_pack=PACK, max_tokens=LIMIT)
+    queue.tokens_per_second = limits_a_second * LIMIT
+    with ExitStack() as held:
+        for caller in "abcd":
+            held.enter_context(queue.admit(caller, LIMIT // 4))
+        with pytest.raises(Overloaded) as full:
+            held.enter_context(queue.admit("e", LIMIT // 4))
+    assert full.value.retry_after_s == pytest.approx(seconds)
 
 
 def test_memory_bounds_the_queue_whatever_the_speed(local: RewardModel) -> None:
