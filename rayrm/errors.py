@@ -1,4 +1,4 @@
-"""The error tree. Every error that a user can cause is here; each pickles, so it crosses Ray whole.
+"""Every error that a user can cause, as a tree; each pickles, so it crosses Ray whole::
 
     RayrmError
     ├── ConfigError          a config key or value, before any model loads
