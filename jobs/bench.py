@@ -106,7 +106,7 @@ class Side:
         return False
 
     def seconds(self) -> float:
-        return statistics.median(answer["seconds"] for answer in self.answers)
+        return float(statistics.median(answer["seconds"] for answer in self.answers))
 
 
 # Scoring
@@ -255,7 +255,7 @@ def matrix_products(model: Path, tokens: int, passes: int) -> float:
 
     layer()
     seconds = statistics.median(layer() for _ in range(15))
-    return seconds * c.num_hidden_layers * tokens / TOKENS_OF_CEILING * passes
+    return float(seconds * c.num_hidden_layers * tokens / TOKENS_OF_CEILING * passes)
 
 
 def side_score(model: str) -> None:

@@ -53,12 +53,13 @@ def bench_gpu(
     print(f"\nmatrix products in bf16: {rate / 1e12:.1f} TFLOP/s\n\n{HEADER}")
     figures: Figures = {"matrix_flops_per_second": rate}
     for (family, size), shape in SHAPES.items():
-        model = make_model(family, shape, torch.bfloat16).to(device).eval()
+        model: Any = make_model(family, shape, torch.bfloat16)
+        model = model.to(device).eval()
         parameters = sum(p.numel() for p in model.base_model.layers.parameters())
         of_shape = bench_scoring(model, rows, groups, repeats, 2 * parameters / rate)
         del model  # its memory is wanted
         if parameters < LARGEST_TRAINED:
-            net = RewardNet(make_model(family, shape, torch.float32).to(device), torch.bfloat16)
+            net = RewardNet(make_model(family, shape, torch.float32), torch.bfloat16).to(device)
             of_shape |= bench_training(net, groups, repeats, 6 * parameters / rate)
             del net
         figures[name := f"{family} {size}"] = of_shape
@@ -152,7 +153,7 @@ def score_padded(model: PreTrainedModel, rows: Sequence[list[int]]) -> list[floa
         mask = (torch.arange(ids.shape[1], device=model.device) < lengths[:, None]).long()
         hidden = model.base_model(ids, attention_mask=mask).last_hidden_state
         last = hidden[torch.arange(len(batch), device=model.device), lengths - 1]
-        rewards += model.score(last.float())[:, 0].tolist()
+        rewards += model.get_submodule("score")(last.float())[:, 0].tolist()
     return rewards
 
 
@@ -171,7 +172,7 @@ def make_model(family: str, shape: tuple[int, ...], dtype: torch.dtype) -> PreTr
         pad_token_id=0,
     )
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
     assert isinstance(model.score, nn.Linear)
     model.score.to(torch.float32)
     return model
@@ -187,7 +188,7 @@ def matrix_rate(device: torch.device, size: int = 8192, passes: int = 20) -> flo
 
 def timed(what: Callable[[], object], device: str) -> float:
     """Seconds until its results are there."""
-    finish = torch.cuda.synchronize if device == "cuda" else lambda: None
+    finish: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else lambda: None
     finish()
     started = time.perf_counter()
     what()

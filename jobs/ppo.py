@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -122,7 +122,9 @@ class RolloutWorker:
         self.settings = settings
         path = find_model(settings.policy)
         self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-        load = partial(AutoModelForCausalLM.from_pretrained, path, dtype=settings.dtype)
+        load: Callable[[], Any] = partial(
+            AutoModelForCausalLM.from_pretrained, path, dtype=settings.dtype
+        )
         self.policy, self.reference = (load().to(settings.device) for _ in range(2))
         ends = self.policy.generation_config.eos_token_id  # a chat model may have several
         self.ends = torch.tensor(ends, device=settings.device).flatten()
@@ -170,8 +172,8 @@ class RolloutWorker:
         """From the whole vocabulary, since that is what the learner computes."""
         temperature = self.settings.temperature
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        form = {"add_generation_prompt": True, "padding": True, "return_tensors": "pt"}
-        asked = self.tokenizer.apply_chat_template(chats, return_dict=True, **form)
+        form: dict[str, Any] = {"padding": True, "return_tensors": "pt", "return_dict": True}
+        asked: Any = self.tokenizer.apply_chat_template(chats, add_generation_prompt=True, **form)
         sampled = self.policy.generate(
             **asked.to(self.settings.device),
             **{"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0},
@@ -199,7 +201,8 @@ class Learner:
         torch.set_num_threads(os.cpu_count() or 1)  # Ray gives an actor without CPUs one
         self.settings = settings
         reward_model, _ = open_model(settings.export)
-        policy = AutoModelForCausalLM.from_pretrained(find_model(settings.policy), dtype="float32")
+        path = find_model(settings.policy)
+        policy: Any = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
         # The reward model's head, at every token instead of the last one.
         critic = AutoModelForTokenClassification.from_pretrained(reward_model, dtype="float32")
         self.policy, self.critic = policy.to(settings.device), critic.to(settings.device)
@@ -243,7 +246,7 @@ class Learner:
     def values(self, ids: Tensor, mask: Tensor, responses: int) -> Tensor:
         """What the critic expects before each of the last so many tokens, float32 [B, R]."""
         with autocast(self.settings):
-            values = forward(self.critic, ids, mask)[:, -responses - 1 : -1, 0]
+            values: Tensor = forward(self.critic, ids, mask)[:, -responses - 1 : -1, 0]
         return (values.float() - self.settings.reward_mean) / self.settings.reward_std
 
     def step(self, batch: dict[str, Tensor]) -> Figures:

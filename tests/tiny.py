@@ -12,7 +12,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -97,7 +96,7 @@ def scored(net: RewardNet, packs: Sequence[Sequence[TokenGroup]]) -> torch.Tenso
     return torch.cat([net.score_pack(Pack.from_groups(groups)) for groups in packs])
 
 
-def transformers_rewards(model: PreTrainedModel, rows: Sequence[Ids]) -> torch.Tensor:
+def transformers_rewards(model: torch.nn.Module, rows: Sequence[Ids]) -> torch.Tensor:
     """What transformers' own forward gives each row, unpadded, one at a time."""
     ids = [torch.from_numpy(row.astype(np.int64))[None] for row in rows]
     return torch.cat([model(x).logits[:, 0] for x in ids])

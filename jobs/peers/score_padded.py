@@ -55,7 +55,8 @@ def score(model: PreTrainedModel, rows: list[list[int]]) -> list[float]:
     lengths = torch.tensor(list(map(len, rows)))
     mask = (torch.arange(longest) < lengths[:, None]).long()
     logits = model(ids.to(model.device), attention_mask=mask.to(model.device)).logits
-    return logits[:, 0].float().tolist()
+    rewards: list[float] = logits[:, 0].float().tolist()
+    return rewards
 
 
 if __name__ == "__main__":

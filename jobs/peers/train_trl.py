@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from trl import RewardConfig, RewardTrainer
 
 
-class Losses(RewardTrainer):
+class Losses(RewardTrainer):  # type: ignore[misc]  # trl is only in an environment of its own
     """RewardTrainer that keeps the micro-batches' losses unrounded."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:

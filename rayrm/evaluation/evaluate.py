@@ -342,7 +342,8 @@ def _domain(subset: str) -> str:
 
 
 def _in_cell(styles: Ints, chosen: int, rejected: int) -> NDArray[np.bool_]:
-    return (styles[:, 0] == chosen) & (styles[:, 1] == rejected)
+    inside: NDArray[np.bool_] = (styles[:, 0] == chosen) & (styles[:, 1] == rejected)
+    return inside
 
 
 def _by_style(matrix: Floats, pairs: Ints) -> dict[str, Any]:

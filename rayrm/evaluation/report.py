@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from base64 import b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -48,12 +48,19 @@ from rayrm.evaluation.pictures import (
 
 PAGE = "report.html"
 
-# Macros by name, of which each gives a part of the page.
+
+class Macros(Protocol):
+    """The template's macros by name, of which each gives a part of the page."""
+
+    def __getattr__(self, name: str) -> Callable[..., Markup]: ...
+
+
 HERE = Path(__file__).parent
-HTML: Any = (
+HTML = cast(
+    Macros,
     Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
     .get_template("report.html.jinja")
-    .module
+    .module,
 )
 
 # How many mistakes are shown, characters of a text of theirs, and subsets drawn.
@@ -227,8 +234,8 @@ class Report:
             picture = self.picture(
                 f"rewards{mark}", draw_rewards(judged), "Histogram of chosen and rejected rewards"
             )
-            text = table(f"rewards{mark}", head, rows, "Rewards over pairs, with quantiles")
-            blocks.append(self.block(mark, e, picture, text))
+            found = table(f"rewards{mark}", head, rows, "Rewards over pairs, with quantiles")
+            blocks.append(self.block(mark, e, picture, found))
         text = "A response counts once for each of its pairs."
         return section("Chosen and rejected rewards", text, blocks)
 

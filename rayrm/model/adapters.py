@@ -138,7 +138,7 @@ def load_backbone(adapter: Adapter, dtype: torch.dtype, device: torch.device) ->
         raise ExportError(f"{where}, {record.base}, has another {'; '.join(unlike)} than then")
     for weight in model.base_model.parameters():  # buffers, such as frequencies, stay in fp32
         weight.data = weight.data.to(dtype)
-    return RewardNet(model.to(device)).for_scoring()
+    return RewardNet(model).to(device).for_scoring()
 
 
 def hash_backbone(model: PreTrainedModel, dtype: torch.dtype) -> str:

@@ -165,8 +165,8 @@ def shared_prefix_attention(
         with torch.autocast("cpu", enabled=False):
             if dtype == torch.bfloat16:
                 query, key, value = (query * scaling).to(dtype), key.to(dtype), value.to(dtype)
-                return _BlockedAttention.apply(query, key, value, layout), None
-            return _MergedAttention.apply(query, key, value, layout, scaling), None
+                return _BlockedAttention.apply(query, key, value, layout), None  # type: ignore[no-untyped-call]
+            return _MergedAttention.apply(query, key, value, layout, scaling), None  # type: ignore[no-untyped-call]
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None:
         return _varlen(query, key, value, layout, scaling, window), None

@@ -49,7 +49,7 @@ class Norm:
         return cls(_exact(module.weight.detach()), module.variance_epsilon)
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = length.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
         return (x * scale).mul_(self.weight).to(dtype)
 

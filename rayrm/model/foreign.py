@@ -177,7 +177,7 @@ def _check_files(directory: Path) -> None:
 
 def _check_weights(directory: Path, config: PretrainedConfig) -> dict[str, tuple[list[int], str]]:
     """Shapes and dtypes by name; raises unless they are a backbone's and one linear head's."""
-    model = AutoModelForSequenceClassification._model_mapping[type(config)]
+    model: Any = AutoModelForSequenceClassification._model_mapping[type(config)]
     shapes = _read_shapes(directory)
     strange = sorted(
         key

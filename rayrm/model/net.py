@@ -112,12 +112,15 @@ class RewardNet(nn.Module):
                     input_ids[None], position_ids=position_ids[None], use_cache=False, layout=layout
                 ).last_hidden_state[0, last]
         head = self.model.score
+        assert isinstance(head, nn.Linear)
         with torch.autocast(device, enabled=False):
-            return head(hidden.to(head.weight.dtype))[:, 0]
+            rewards: Tensor = head(hidden.to(head.weight.dtype))[:, 0]
+        return rewards
 
     def score_pack(self, pack: Pack) -> Tensor:
         """Rewards [K] of a pack, on the model's device."""
-        return self(*pack_tensors(pack, self.model.device))
+        rewards: Tensor = self(*pack_tensors(pack, self.model.device))
+        return rewards
 
 
 def pack_tensors(pack: Pack, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Layout]:
@@ -239,6 +242,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _head(model: PreTrainedModel, *, init: bool, seed: int) -> RewardHead:
     old = model.score
+    assert isinstance(old, nn.Linear)
     head = RewardHead(old.in_features, 1, bias=False, dtype=torch.float32)
     if init:
         generator = torch.Generator().manual_seed(seed)
@@ -276,7 +280,8 @@ def load_weights(directory: Path, dtype: torch.dtype, device: torch.device) -> P
     head = RewardHead(model.score.in_features, 1, bias="score.bias" in unused, dtype=torch.float32)
     head.load_state_dict(_read_head(directory))
     model.score = head
-    return model.to(device).eval()
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -317,7 +322,9 @@ def load_config(
     GPT-2 and OPT drop 0.1 by default, which makes rewards random while training.
     """
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            path, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{path} has no config that can be read: {str(error).splitlines()[0]}"
@@ -396,7 +403,7 @@ def default_base() -> Path:
     source = Path(package.origin).parent
     file = next(source.glob("*.gguf")).name
     partial = Path(tempfile.mkdtemp(dir=cache))
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
     del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(partial)

@@ -50,7 +50,7 @@ def add_up(reports: Mapping[str, Mapping[Any, Any]]) -> float | None:
     of_replica = {r: series[-1] for r, series in reports.get(OUTSTANDING, {}).items() if series}
     if not of_replica:
         return None
-    outstanding = sum(latest.value for latest in of_replica.values())
+    outstanding: float = sum(latest.value for latest in of_replica.values())
     for name, series_of in reports.items():
         if name.startswith(WAITING):
             said = [(of_replica.get(r), series[-1]) for r, series in series_of.items() if series]

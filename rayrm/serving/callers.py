@@ -36,7 +36,7 @@ def this_caller(name: str | None = None) -> Caller:
 def is_alive(caller: Caller) -> bool:
     """Whether the caller's actor, or else its job, is there. Asks the GCS: a millisecond."""
     if caller.actor:
-        return state.actors(caller.actor).get("State") != "DEAD"
+        return bool(state.actors(caller.actor).get("State") != "DEAD")
     return any(job["JobID"] == caller.job and not job["IsDead"] for job in state.jobs())
 
 

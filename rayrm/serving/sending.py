@@ -178,4 +178,4 @@ class Sending:
 def backoff(attempt: int) -> float:
     """Seconds to wait before that attempt."""
     first, most = BACKOFF
-    return min(first * 2 ** (attempt - 1), most)
+    return min(first * 2.0 ** (attempt - 1), most)

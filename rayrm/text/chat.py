@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Literal
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -230,9 +230,10 @@ class ChatTemplate:
         return head.startswith(before) or before.removeprefix(head).isspace()
 
     def _render(self, messages: Sequence[Message], tools: Tools | None, answer: bool) -> str:
+        offered: list[Any] | None = list(tools) if tools else None
         rendered = self.tokenizer.apply_chat_template(
             list(messages),
-            tools=list(tools) if tools else None,
+            tools=offered,
             tokenize=False,
             add_generation_prompt=answer,
         )

@@ -58,6 +58,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     made_of = getattr(tokenizer, "_tokenizer", None)
     added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
+    known: str
     of, then, known = vars(tokenizer).get(_REMEMBERED, (None, None, ""))
     if not known or of is not made_of or then != (len(tokenizer), added):
         vocabulary = sorted((i, token) for token, i in tokenizer.get_vocab().items())

@@ -158,7 +158,7 @@ class PreferenceData:
         columns = (self.table.data.column(name) for name in ("prefix", "suffixes"))
         prefixes, suffixes = map(pc.list_flatten, columns)
         largest = (pc.max(ids).as_py() for ids in (prefixes, pc.list_flatten(suffixes)))
-        return max(i for i in largest if i is not None)
+        return int(max(i for i in largest if i is not None))
 
     @property
     def undecided(self) -> bool:

@@ -286,7 +286,7 @@ def evaluate_export(
     """Add held-out figures to an export's record, and put the report on them into the run."""
     data, device = config.data, "cuda" if config.cluster.gpus_per_worker else "cpu"
     groups, read = read_groups(data.eval, split="test", on_bad_record=data.on_bad_record)
-    exact = RewardModel(RewardNet(model.to(device)), template, overlong=data.overlong_rows)
+    exact = RewardModel(RewardNet(model).to(device), template, overlong=data.overlong_rows)
     unrounded = score(exact, groups[:ROUNDING_GROUPS])
     dtype = config.train.dtype
     written = RewardModel.load(directory, device, dtype, overlong=data.overlong_rows)

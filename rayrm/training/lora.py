@@ -48,7 +48,7 @@ def peft_config(
 
     return LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes floats too
         lora_dropout=lora.dropout,
         target_modules=targets,
         fan_in_fan_out=model.config.model_type == "gpt2",  # its weights are transposed

@@ -472,7 +472,8 @@ def test_reward_bench_sections_are_on_the_page(tmp_path: Path) -> None:
 
 
 def ys(line: Line2D) -> list[float]:
-    return np.asarray(line.get_ydata(), dtype=float).tolist()
+    heights: list[float] = np.asarray(line.get_ydata(), dtype=float).tolist()
+    return heights
 
 
 def test_curves_show_every_step_their_running_mean_and_held_out_points() -> None:

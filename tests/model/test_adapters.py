@@ -138,7 +138,7 @@ def test_threads_score_different_rewards_at_once(model_type: str, tmp_path: Path
 
 def storages(model: RewardModel) -> set[int]:
     """Where the backbone's weights lie, both of transformers' layers and of the faster ones."""
-    weights = list(model.net.model.base_model.parameters())
+    weights: list[torch.Tensor] = list(model.net.model.base_model.parameters())
     if model.net.decoder:
         for layer in model.net.decoder.layers:
             weights += [p.weight for p in (layer.qkv, layer.out, layer.gate_up, layer.down)]
@@ -199,7 +199,7 @@ def test_in_bf16_adapters_are_no_further_off_than_merged_weights(
     merged = RewardModel.load(runs[0], "cpu", "bfloat16").score(*ROWS)
     model = RewardModel.load(runs[0], "cpu", "bfloat16", adapters={"other": runs[1]})
     assert model.net.model.dtype == torch.bfloat16
-    assert model.net.model.score.weight.dtype == torch.float32
+    assert model.net.model.get_parameter("score.weight").dtype == torch.float32
     assert {b.dtype for b in model.net.model.buffers()} == {torch.float32}, "frequencies"
     off = np.abs(model.score(*ROWS).values - exact.values)
     assert 0 < off.mean() < 2 * np.abs(merged.values - exact.values).mean()

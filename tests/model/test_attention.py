@@ -146,7 +146,7 @@ def test_blocks_of_queries_and_their_gradients_are_those_of_a_dense_mask(
     monkeypatch.setattr(attention, "BLOCK_SCORES", block)
     plan = layout(SHAPES[shape])
     assert_same(
-        lambda q, k, v: _BlockedAttention.apply(q * SCALING, k, v, plan),
+        lambda q, k, v: _BlockedAttention.apply(q * SCALING, k, v, plan),  # type: ignore[no-untyped-call]
         lambda q, k, v: dense(q, k, v, plan, None, None),
         inputs(plan, 4, kv_heads),
     )

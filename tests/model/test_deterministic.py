@@ -43,7 +43,8 @@ def score(scorer: Scorer, order: Any, rows: Any = ROWS, **options: Any) -> Bits:
     chosen = [rows[i] for i in order]
     rewards = scorer.score([p for p, _ in chosen], [r for _, r in chosen], **options)
     assert rewards.errors == [None] * len(chosen)
-    return rewards.values.view(np.int32)
+    bits: Bits = rewards.values.view(np.int32)
+    return bits
 
 
 def alone(scorer: Scorer) -> Bits:

@@ -72,7 +72,8 @@ def test_rewards_are_those_of_transformers_on_the_export(family: str, tmp_path: 
         [{"role": "user", "content": p}, {"role": "assistant", "content": r}]
         for p, r in zip(prompts, responses, strict=True)
     ]
-    texts = [tokenizer.apply_chat_template(m, tokenize=False).removesuffix("\n") for m in messages]
+    rendered = [str(tokenizer.apply_chat_template(m, tokenize=False)) for m in messages]
+    texts = [text.removesuffix("\n") for text in rendered]
     with torch.inference_mode():
         alone = [theirs(**tokenizer(text, return_tensors="pt")).logits.item() for text in texts]
         padded = theirs(**tokenizer(texts, return_tensors="pt", padding=True)).logits[:, 0]
@@ -206,9 +207,10 @@ def test_bad_rows_get_typed_errors_and_the_others_their_rewards(model: RewardMod
 def poisoned(tiny_export: Path) -> tuple[RewardModel, int]:
     """A model whose embedding of one token is NaN, and that token."""
     model = RewardModel.load(tiny_export, device="cpu", dtype="float32")
-    poison = int(model.template.tokenizer.convert_tokens_to_ids("%"))
+    poison = model.template.tokenizer.convert_tokens_to_ids("%")
+    assert isinstance(poison, int)
     with torch.no_grad():
-        model.net.model.base_model.embed_tokens.weight[poison] = torch.nan
+        model.net.model.base_model.get_parameter("embed_tokens.weight")[poison] = torch.nan
     return model, poison
 
 
@@ -244,7 +246,7 @@ def test_nan_in_a_shared_prompt_fails_its_group_alone(poisoned: tuple[RewardMode
 def test_an_infinite_reward_is_an_error(tiny_export: Path) -> None:
     model = RewardModel.load(tiny_export, device="cpu", dtype="float32")
     with torch.no_grad():
-        model.net.model.score.weight.fill_(3e38)
+        model.net.model.get_parameter("score.weight").fill_(3e38)
     rewards = model.score(["Hi"], ["x"])
     assert isinstance(rewards.errors[0], NonFiniteReward) and np.isnan(rewards.values[0])
 
@@ -395,8 +397,8 @@ def test_the_dtype_is_what_is_asked_for_and_the_head_stays_fp32(tmp_path: Path) 
     export = make_export(tmp_path, dtype="bfloat16")
     for dtype, expected in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
         net = RewardModel.load(export, device="cpu", dtype=cast(Any, dtype)).net
-        assert net.model.base_model.embed_tokens.weight.dtype == expected
-        assert net.model.score.weight.dtype == torch.float32
+        assert net.model.base_model.get_parameter("embed_tokens.weight").dtype == expected
+        assert net.model.get_parameter("score.weight").dtype == torch.float32
         assert not net.training
 
 

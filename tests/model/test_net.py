@@ -198,10 +198,11 @@ def test_the_head_is_applied_outside_autocast() -> None:
     """An fp32 head on the very vectors that the backbone gave."""
     net = RewardNet(tiny_model("llama", torch.float32).model, torch.bfloat16)
     pooled: list[torch.Tensor] = []
-    net.model.score.register_forward_pre_hook(lambda _, args: pooled.append(args[0].detach()))
+    head = net.model.get_submodule("score")
+    head.register_forward_pre_hook(lambda _, args: pooled.append(args[0].detach()))
     rewards = scored(net, [GROUPS]).detach()
     assert pooled[0].dtype == torch.float32
-    torch.testing.assert_close(rewards, (pooled[0] @ net.model.score.weight.T)[:, 0])
+    torch.testing.assert_close(rewards, (pooled[0] @ head.get_parameter("weight").T)[:, 0])
 
 
 @families
@@ -225,7 +226,7 @@ def test_saved_weights_are_read_alike_by_transformers_and_by_us(
 
 def test_a_bf16_export_keeps_its_head_in_fp32(tmp_path: Path) -> None:
     net = tiny_model("llama", torch.float32)
-    head = net.model.score.weight.detach().clone()
+    head = net.model.get_parameter("score.weight").detach().clone()
     assert not torch.equal(head.bfloat16().float(), head)
     save_weights(net.model, net.model.state_dict(), tmp_path, torch.bfloat16)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as weights:
@@ -234,8 +235,8 @@ def test_a_bf16_export_keeps_its_head_in_fp32(tmp_path: Path) -> None:
     assert set(dtypes.values()) == {torch.bfloat16}
     for dtype in (torch.bfloat16, torch.float32):
         model = load_weights(tmp_path, dtype, torch.device("cpu"))
-        assert torch.equal(model.score.weight, head)
-        assert model.base_model.embed_tokens.weight.dtype == dtype
+        assert torch.equal(model.get_parameter("score.weight"), head)
+        assert model.base_model.get_parameter("embed_tokens.weight").dtype == dtype
         assert scored(RewardNet(model), [GROUPS]).dtype == torch.float32
 
 
@@ -248,7 +249,8 @@ def test_a_sharded_export_loads_its_head_in_fp32(tmp_path: Path) -> None:
         net.model.save_pretrained(tmp_path, state_dict=state, max_shard_size="8KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     model = load_weights(tmp_path, torch.bfloat16, torch.device("cpu"))
-    assert torch.equal(model.score.weight, net.model.score.weight)
+    head, saved = (m.get_parameter("score.weight") for m in (model, net.model))
+    assert torch.equal(head, saved)
 
 
 def test_config_says_one_regression_label_by_id2label_alone(tmp_path: Path) -> None:
@@ -266,10 +268,11 @@ def test_a_new_head_has_std_one_over_root_width_plus_one_and_follows_the_seed(
 ) -> None:
     base = LlamaConfig(vocab_size=260, hidden_size=1024, intermediate_size=8, num_hidden_layers=1)
     with quiet():
-        model = LlamaForSequenceClassification(base).base_model
+        model: Any = LlamaForSequenceClassification(base).base_model
         model.save_pretrained(tmp_path)
     byte_tokenizer(["</s>", "<pad>"], eos_token="</s>", pad_token="<pad>").save_pretrained(tmp_path)
-    first, again, other = (load_base(str(tmp_path), seed=s)[0].score.weight for s in (0, 0, 1))
+    drawn = (load_base(str(tmp_path), seed=s)[0] for s in (0, 0, 1))
+    first, again, other = (model.get_parameter("score.weight") for model in drawn)
     assert first.shape == (1, 1024) and first.dtype == torch.float32
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert abs(float(first.detach().std()) * math.sqrt(1025) - 1) < 0.1
@@ -281,7 +284,8 @@ def test_an_existing_head_is_kept(tmp_path: Path) -> None:
     save_weights(model, model.state_dict(), out, torch.float32)
     tokenizer.save_pretrained(out)
     kept, _, _ = load_base(str(out), seed=4)
-    assert torch.equal(kept.score.weight, model.score.weight)
+    head, trained = (m.get_parameter("score.weight") for m in (kept, model))
+    assert torch.equal(head, trained)
 
 
 def test_a_head_with_a_bias_is_refused_for_training(tmp_path: Path) -> None:
@@ -336,7 +340,8 @@ def test_a_pad_token_that_had_to_be_added_gets_an_embedding(tmp_path: Path) -> N
     tokenizer.save_pretrained(tmp_path)
     model, padded, _ = load_base(str(tmp_path))
     assert model.config.pad_token_id == padded.pad_token_id == size
-    assert model.config.vocab_size == model.base_model.wte.num_embeddings == size + 1
+    embeddings = model.base_model.get_submodule("wte")
+    assert model.config.vocab_size == embeddings.num_embeddings == size + 1
     ids = np.arange(size, dtype=np.int32)[:10]
     with torch.no_grad():
         ours = RewardNet(model.eval()).score_pack(Pack.from_groups([TokenGroup.from_rows([ids])]))

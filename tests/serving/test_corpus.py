@@ -82,7 +82,8 @@ def write(path: Path, records: Records) -> Path:
 
 def read(path: Path) -> Records:
     if path.suffix == ".parquet":
-        return pq.read_table(path).to_pylist()
+        records: Records = pq.read_table(path).to_pylist()
+        return records
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     return [json.loads(line) for line in data.splitlines()]
 

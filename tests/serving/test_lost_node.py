@@ -25,7 +25,8 @@ def run(fault: str, rounds: int, tmp_path: Path, export: Path) -> dict[str, Any]
     )
     assert result.returncode == 0, result.stderr[-4000:]
     print(*(line for line in result.stdout.splitlines() if "without a reward" in line), sep="\n")
-    return json.loads((tmp_path / "found.json").read_text())
+    found: dict[str, Any] = json.loads((tmp_path / "found.json").read_text())
+    return found
 
 
 def test_a_lost_node_loses_no_row(tmp_path: Path, tiny_export: Path) -> None:

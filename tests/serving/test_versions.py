@@ -456,7 +456,7 @@ def test_a_model_that_cannot_be_loaded_is_not_tried_with_every_chunk(
         change_record("held", lambda r: r and r.model_copy(update={"trial": trial}))
 
     def tried() -> int:
-        return held.loads.count("/nowhere")  # type: ignore[attr-defined]
+        return int(held.loads.count("/nowhere"))  # type: ignore[attr-defined]
 
     stage(0.5)
     for _ in range(20):

@@ -87,7 +87,8 @@ class Prometheus:
     def ask(self, what: str, **parameters: Any) -> list[dict[str, Any]]:
         """The series that it answers with."""
         with urllib.request.urlopen(f"{self.url}/{what}?{urllib.parse.urlencode(parameters)}") as r:
-            return json.load(r)["data"]["result"]
+            series: list[dict[str, Any]] = json.load(r)["data"]["result"]
+        return series
 
     def shown(self, expression: str) -> bool:
         """Whether there was a value at any moment so far."""

@@ -43,7 +43,7 @@ def group(
 
 
 def texts(data: PreferenceData, index: int, template: Template) -> list[str]:
-    return [template.tokenizer.decode(row) for row in data[index].tokens.rows]
+    return [str(template.tokenizer.decode(row)) for row in data[index].tokens.rows]
 
 
 def test_groups_read_back_as_they_were_encoded() -> None:

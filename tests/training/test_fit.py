@@ -116,7 +116,8 @@ def every_stage(values: dict[str, Any]) -> dict[int, dict[str, Any]]:
 def run_every_stage(config: TrainConfig) -> dict[int, dict[str, Any]]:
     result = make_trainer(config, run_directory(config), every_stage).fit()
     assert isinstance(result, Result) and result.return_value
-    return result.return_value
+    found: dict[int, dict[str, Any]] = result.return_value
+    return found
 
 
 @pytest.mark.slow

@@ -293,7 +293,7 @@ def test_fit_in_another_process_resumes_and_ends_with_the_same_weights(
 
 
 def address() -> str:
-    return ray.get_runtime_context().gcs_address
+    return str(ray.get_runtime_context().gcs_address)
 
 
 DRIVER = """

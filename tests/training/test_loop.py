@@ -214,7 +214,7 @@ def test_accuracy_and_margin_of_a_step_are_those_that_an_evaluation_gives() -> N
 
 def test_a_tie_is_half_right_in_a_step_as_in_an_evaluation() -> None:
     net = tiny_model("gpt2")
-    net.model.score.weight.data.zero_()
+    net.model.get_parameter("score.weight").data.zero_()
     rank = make_rank(crowd(), WHOLE, net)
     rank.train_step()
     assert rank.history[0]["accuracy"] == 0.5 and rank.history[0]["margin"] == 0
@@ -250,7 +250,7 @@ def test_rows_without_a_finite_reward_stop_the_step_and_are_named(budget: int) -
     ids[3] = np.append(ids[3], np.int32(2)).astype(np.int32)  # an id of no other row
     data[1] = replace(data[1], tokens=TokenGroup(data[1].tokens.prefix, tuple(ids)))
     net = tiny_model("gpt2")
-    net.model.get_input_embeddings().weight.data[2] = torch.nan
+    net.model.get_input_embeddings().get_parameter("weight").data[2] = torch.nan
     with pytest.raises(TrainingError, match=r"step 1: .*: rank 0: f:1$"):
         make_rank(data, budget, net).train_step()
 

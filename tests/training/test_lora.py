@@ -143,6 +143,6 @@ def test_another_base_model_under_the_adapters_is_refused() -> None:
         if name in trainable(net):
             weight.data += 1
     check_frozen(hash_frozen(net), recorded, "base")
-    net.model.get_input_embeddings().weight.data[0, 0] += 1e-6
+    net.model.get_input_embeddings().get_parameter("weight").data[0, 0] += 1e-6
     with pytest.raises(TrainingError, match="weights of base are not those"):
         check_frozen(hash_frozen(net), recorded, "base")

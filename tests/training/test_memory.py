@@ -168,7 +168,8 @@ def run(config: TrainConfig, variants: dict[str, Any], other_base: str = "") -> 
     on_each_rank = partial(train_and_resume, variants=variants, other_base=other_base)
     result = make_trainer(config, run_directory(config), on_each_rank).fit()
     assert isinstance(result, Result) and result.return_value
-    return result.return_value
+    found: dict[str, Trained] = result.return_value
+    return found
 
 
 @pytest.fixture(scope="module")

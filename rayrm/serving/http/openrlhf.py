@@ -116,4 +116,5 @@ def sampled_row(template: Template, prompt: str, sampled: str) -> Row:
 
 
 def _ones(flags: NDArray[np.bool_]) -> list[float]:
-    return flags.astype(float).tolist()
+    ones: list[float] = flags.astype(float).tolist()
+    return ones

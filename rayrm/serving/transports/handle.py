@@ -74,7 +74,7 @@ class HandleTransport:
         # Serve's own log lines name the step too.
         _serve_request_context.set(context)  # type: ignore[arg-type]
         try:
-            response = handle.remote(chunk, ticket)
+            response: Any = handle.remote(chunk, ticket)
             try:
                 reply = await response
             except asyncio.CancelledError:
