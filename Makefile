@@ -38,6 +38,12 @@ check: env  ## formatter, linter, strict type checker
 	@$(BIN)/ruff check rayrm jobs tests
 	@$(BIN)/mypy
 
+docs: env  ## build the pages in docs/_build, every warning an error
+	@$(BIN)/sphinx-build --fail-on-warning --quiet -b html docs docs/_build
+
+coverage: env  ## run the tests but for slow ones and faults, and tell what they cover
+	@$(BIN)/python -m pytest -m "not slow and not faults" --cov=rayrm --cov-report=term
+
 format: env  ## format the code and apply the linter's fixes
 	@$(BIN)/ruff check --fix rayrm jobs tests
 	@$(BIN)/ruff format rayrm jobs tests
@@ -65,5 +71,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 clean:  ## remove the environments and what quickstart, parity, ppo and bench made
 	rm -rf $(VENV) .venv-* runs/quickstart runs/parity runs/ppo runs/bench
 
-.PHONY: help quickstart parity ppo bench test test-slow faults soak check format env clean
+.PHONY: help quickstart parity ppo bench test test-slow faults soak check docs coverage format env clean
 .DEFAULT_GOAL := help

@@ -583,10 +583,11 @@ def test_a_choice_of_more_pairs_than_a_group_may_have_is_refused_with_its_number
 def test_nan_stops_training_and_names_step_rank_and_rows(
     base: Path, data: Path, tmp_path: Path
 ) -> None:
+    """Warm-up begins at 0: the second step has the first update, after which nothing is finite."""
     config = configure(base, data, tmp_path, train={"learning_rate": 1e30, "clip": 0})
-    with pytest.raises(TrainingError, match=r"step \d") as error:
+    rows = r"step 3: the loss is not finite; .* infinite: rank 0: .*train\.jsonl:\d+"
+    with pytest.raises(TrainingError, match=rows):
         fit(config)
-    assert "train.jsonl" in str(error.value) or "norm" in str(error.value)
     assert not (tmp_path / "run/export").exists()
 
 

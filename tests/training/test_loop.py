@@ -278,3 +278,12 @@ def test_the_held_out_loss_is_that_of_the_objective_that_is_trained(loss: dict[s
     assert held_out == pytest.approx(rank.history[0]["loss"], abs=1e-9)
     scored[0] = replace(scored[0], rewards=np.full_like(scored[0].rewards, np.nan))
     assert rank.held_out_loss(data, scored) not in (None, held_out)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rank = make_rank(crowd(), WHOLE)
+    monkeypatch.setattr(rank.engine, "get_global_grad_norm", lambda: float("inf"))
+    with pytest.raises(TrainingError, match="step 1: the gradient's norm is inf"):
+        rank.train_step()
