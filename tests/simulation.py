@@ -147,6 +147,7 @@ class SimulatedReplica(Replica):
     availability_zone = "zone"
     multiplexed_model_ids: frozenset[str] = frozenset()
     max_ongoing_requests = MAX_ONGOING_REQUESTS
+    queue: SimulatedQueue
 
     def __init__(self, number: int, speed: float = 1.0) -> None:
         self.replica_id = cast(ReplicaID, NumberedID(number))

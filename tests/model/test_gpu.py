@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from rayrm.model.attention import Layout, _masked, _varlen
-from rayrm.model.net import RewardNet
 from rayrm.packing import Pack
 from tests.tiny import FAMILIES, random_groups, tiny_model
 
@@ -47,12 +46,12 @@ def test_the_varlen_kernel_equals_the_definition_and_so_do_its_gradients(
 def test_a_model_in_bf16_gives_nearly_the_rewards_of_fp64(family: str) -> None:
     """A pack's rewards, in standard deviations; the head stays in fp32."""
     pack = Pack.from_groups(random_groups())
-    model = tiny_model(family, torch.float32).model.to("cuda")
-    for weight in model.base_model.parameters():  # buffers, such as frequencies, stay in fp32
+    net = tiny_model(family, torch.float32).to("cuda")
+    for weight in net.model.base_model.parameters():  # buffers, such as frequencies, stay in fp32
         weight.data = weight.data.bfloat16()
     with torch.inference_mode():
         exact = tiny_model(family).for_scoring().score_pack(pack)
-        found = RewardNet(model).for_scoring().score_pack(pack)
+        found = net.for_scoring().score_pack(pack)
     assert found.dtype == torch.float32
     spread = exact.std()
     torch.testing.assert_close(found.cpu().double() / spread, exact / spread, atol=0.15, rtol=0)
