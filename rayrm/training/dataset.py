@@ -86,6 +86,22 @@ class PreferenceGroup:
             tie=self.tie[pairs],
         )
 
+    def decided(self) -> PreferenceGroup:
+        """The group with all of its responses, and those pairs that have a winner or are ties."""
+        kept = (self.label != 0.5) | self.tie
+        choice = np.unique(self.choice[kept], return_inverse=True)[1]
+        return replace(
+            self,
+            chosen=self.chosen[kept],
+            rejected=self.rejected[kept],
+            margin=self.margin[kept],
+            label=self.label[kept],
+            choice=choice,
+            tie=self.tie[kept],
+            prompt_pairs=int(kept.sum()),
+            prompt_choices=len(np.unique(choice)),
+        )
+
     def pieces(self, budget: int) -> list[PreferenceGroup]:
         """Parts that share no response, of at most `budget` tokens where what connects allows."""
         if self.tokens.tokens <= budget:

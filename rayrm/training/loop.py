@@ -309,14 +309,17 @@ class Rank:
     def held_out_loss(
         self, groups: Sequence[PreferenceGroup], scored: Sequence[ScoredGroup]
     ) -> float | None:
-        """The objective that is trained, in fp64, over the groups whose responses have rewards."""
-        known = [i for i, of in enumerate(scored) if np.isfinite(of.rewards).all()]
+        """The objective that is trained, in fp64, over the groups whose responses have rewards.
+
+        As in the figures beside it, of pairs that have a winner; and of ties, where it uses them.
+        """
+        compared = [(group.decided(), of.rewards) for group, of in zip(groups, scored, strict=True)]
+        known = [(g, rewards) for g, rewards in compared if g.pairs and np.isfinite(rewards).all()]
         if not known:
             return None
-        rewards = torch.from_numpy(np.concatenate([scored[i].rewards for i in known]))
-        groups = [groups[i] for i in known]
-        loss, _ = self.loss(rewards.double(), groups)
-        return float(loss) / sum(map(self.weight, groups))
+        rewards = torch.from_numpy(np.concatenate([rewards for _, rewards in known]))
+        loss, _ = self.loss(rewards.double(), [group for group, _ in known])
+        return float(loss) / sum(self.weight(group) for group, _ in known)
 
     def due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

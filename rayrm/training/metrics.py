@@ -29,7 +29,7 @@ STEP = {
     "step_seconds": "Seconds of the step",
 }
 EVALUATION = {
-    "eval_loss": "Mean loss of the held-out pairs",
+    "eval_loss": "Mean loss of the held-out pairs, by the objective that is trained",
     "eval_accuracy": "Share of the held-out pairs that are ranked right",
     "eval_margin": "Mean reward of chosen less rejected over the held-out pairs",
 }

@@ -280,6 +280,18 @@ def test_the_held_out_loss_is_that_of_the_objective_that_is_trained(loss: dict[s
     assert rank.held_out_loss(data, scored) not in (None, held_out)
 
 
+def test_the_held_out_loss_leaves_out_pairs_without_a_winner() -> None:
+    """As the accuracy and the margin beside it do."""
+    half = preferred(3, [(0, 1), (0, 2)], [0.5, 1.0])
+    rank = make_rank([half], WHOLE)
+    rewards = np.array([1.0, 5.0, 0.0])
+    scored = [scored_group(half, rewards)]
+    margin = float(half.margin[1])
+    assert rank.held_out_loss([half], scored) == pytest.approx(np.log1p(np.exp(margin - 1.0)))
+    undecided = preferred(3, [(0, 1)], [0.5])
+    assert rank.held_out_loss([undecided], [scored_group(undecided, rewards[:2])]) is None
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
