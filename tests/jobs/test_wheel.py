@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import PathDistribution, packages_distributions
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def modules(node: ast.AST) -> list[str]:
 def test_the_command_trains_evaluates_and_scores_without_the_checkout(
     installed: Path, tmp_path: Path
 ) -> None:
+    short = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # sockets' paths must be short
     base = make_base(tmp_path / "base")
     words = ["red", "blue", "pink", "green"]
     pairs = [
@@ -78,7 +80,7 @@ def test_the_command_trains_evaluates_and_scores_without_the_checkout(
     )
 
     def rayrm(*arguments: str) -> str:
-        env = {**os.environ, "PYTHONPATH": str(installed), "RAY_TMPDIR": str(tmp_path / "ray")}
+        env = {**os.environ, "PYTHONPATH": str(installed), "RAY_TMPDIR": short}
         command = [sys.executable, str(installed / "bin/rayrm"), *arguments]
         done = subprocess.run(
             command, cwd=tmp_path, capture_output=True, text=True, check=False, env=env
