@@ -6,13 +6,15 @@ Knows nothing of what they hold.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
-# Behind the name of a file that is being written, and the process that does.
+# Behind the name of a file that is being written.
 PARTIAL = ".partial"
 
 
@@ -27,16 +29,23 @@ def cache_directory(*names: str) -> Path:
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file that is at its path once the block is left, or not at all; replaces what is there."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    partial = path.with_name(f".{path.name}.{uuid4().hex}{PARTIAL}")
     with partial.open("wb") as file:
         yield file
     os.replace(partial, path)
 
 
+def remove_partials(of: Path) -> None:
+    """Remove what killed writers of that file have left; nobody may be writing it."""
+    for file in of.parent.glob(f".*{PARTIAL}"):
+        if is_partial(file, of):
+            file.unlink()
+
+
 def is_partial(file: Path, of: Path) -> bool:
     """Whether whole_file left or is writing that file on the way to another."""
-    inside = file.name.startswith(f".{of.name}.") and file.name.endswith(PARTIAL)
-    return inside and file.parent == of.parent
+    own = re.fullmatch(rf"\.{re.escape(of.name)}(\.[0-9a-f]{{32}})?{re.escape(PARTIAL)}", file.name)
+    return own is not None and file.parent == of.parent
 
 
 def move_directory(made: Path, target: Path) -> bool:

@@ -20,10 +20,10 @@ REPEAT_S = 0.5
 
 
 class Gauges:
-    """Gauges by figure, shown for as long as the process lives; one that is None is not shown.
+    """Gauges by figure, exposed for as long as the process lives; a value of None is not.
 
-    Ray sends a value to the agent once, and that forgets it after two reports without one: a thread
-    sets each again and again, or a slow step would look like a run that has ended.
+    Ray sends a value to the agent once, and the agent forgets it after two reports without one. So
+    a thread sets each again and again: else a slow step would look like a run that has ended.
     """
 
     def __init__(self, gauges: Mapping[str, Gauge]) -> None:
@@ -40,7 +40,7 @@ class Gauges:
                 self._gauges[figure].set(value, tags)
 
     def close(self) -> None:
-        """Show nothing any more."""
+        """Stop exposing them."""
         self._closed.set()
 
     def _repeat(self) -> None:

@@ -1,4 +1,4 @@
-"""Who calls the service, and whether they still live.
+"""Identify callers, and cancel the calls of those that died.
 
 Named in every chunk: queues are fair between callers, logs name them, and what a dead one left
 behind is not computed. Knows nothing of what is sent.
@@ -41,7 +41,7 @@ def is_alive(caller: Caller) -> bool:
 
 
 class CallsInProgress:
-    """The calls that a replica works on, and whose they are; a dead caller's are cancelled."""
+    """The calls in flight at a replica, by caller; a dead caller's are cancelled."""
 
     def __init__(self) -> None:
         self._calls: dict[asyncio.Task[Any], Ticket] = {}
@@ -49,7 +49,7 @@ class CallsInProgress:
 
     @contextmanager
     def call(self, ticket: Ticket) -> Iterator[None]:
-        """Note this task's call until the block is left."""
+        """Register this task's call until the block is left."""
         task = asyncio.current_task()
         assert task is not None
         self._calls[task] = ticket

@@ -34,7 +34,7 @@ from rayrm.config import local_path
 from rayrm.data.records import read_sampled
 from rayrm.data.sources import PARTS, RUN, open_sources
 from rayrm.errors import ConfigError, DataError, ServiceError
-from rayrm.files import is_partial, whole_file
+from rayrm.files import is_partial, remove_partials, whole_file
 from rayrm.model.foreign import open_model
 from rayrm.model.hardware import fast_dtype
 from rayrm.rows import Rewards, Row
@@ -381,6 +381,7 @@ class Parts:
     def join(self) -> None:
         """All parts, in order, as the target; then they are removed."""
         files = [self.file(p) for p in range(self.corpus.parts)]
+        remove_partials(self.target)
         with whole_file(self.target) as target:
             if self.corpus.schema is not None:
                 with pq.ParquetWriter(target, pq.read_schema(files[0])) as writer:

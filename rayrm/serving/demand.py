@@ -1,4 +1,4 @@
-"""What callers wait for, step by step, as far as a replica knows.
+"""Count outstanding tokens by step, as far as a replica knows.
 
 A replica counts exactly the chunks that it has. Of what waits for room at no replica it hears in
 the tickets of chunks that come, and others hear the same: that is kept and reported by step, so
@@ -30,7 +30,7 @@ _Key = tuple[Caller, str]
 
 
 class Wanted(NamedTuple):
-    """Tokens that callers want, as a replica's queue goes by them.
+    """Outstanding tokens, from which a replica's queue sets its limits.
 
     own: those here of steps in one chunk, which no other replica will get. share: this replica's
     part of the other steps, inf where it is alone and need not leave any to others. outstanding:
@@ -58,7 +58,7 @@ class _StepDemand:
 
 
 class Demand:
-    """The steps that a replica has chunks of, or has heard of lately."""
+    """The steps that a replica has chunks of, or of which a ticket spoke lately."""
 
     def __init__(self) -> None:
         self._steps: dict[_Key, _StepDemand] = {}
@@ -86,7 +86,7 @@ class Demand:
                     del self._steps[key]
 
     def wanted(self) -> Wanted:
-        """What callers want of this replica now."""
+        """Return what callers want of this replica now."""
         own, share, outstanding, since = 0, 0.0, 0, _now() - HEARD_S
         for step in self._known():
             outstanding += step.here + step.waiting
@@ -100,7 +100,7 @@ class Demand:
         return Wanted(own, share, outstanding)
 
     def report(self) -> dict[str, float]:
-        """What the autoscaling policy adds up: the tokens here, and by step those that wait.
+        """Return what the autoscaling policy adds up: tokens here, and waiting tokens by step.
 
         A step that does not wait any more is named too: others may have heard that it does.
         """

@@ -1,4 +1,4 @@
-"""What the latest rewards look like to somebody who suspects that the policy exploits them.
+"""Statistics of the latest rewards that show whether a policy exploits the reward model.
 
 Rewards that leave the range of the held-out ones or all become the same, rewards that go with the
 length of a response, one response to everything: an over-optimized policy shows these before its

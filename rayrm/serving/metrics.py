@@ -99,7 +99,7 @@ class ServeMetrics:
 
     @contextmanager
     def request(self, rows: int) -> Iterator[None]:
-        """Tell of a request that is answered when the block is left; what it raises, too."""
+        """Count a request and time it until the block is left; count what it raises."""
         started = time.perf_counter()
         self.requests.inc()
         self.rows.inc(rows)
@@ -113,9 +113,9 @@ class ServeMetrics:
 
     @contextmanager
     def waiting(self, tokens: int, unshared: int) -> Iterator[None]:
-        """Tell of tokens that are waited for until the block is left; then they are computed.
+        """Report tokens as waiting until the block is left, then count them as computed.
 
-        unshared: what they would be with every row by itself.
+        unshared: how many they would be with every row by itself.
         """
         self._waiting += tokens
         self.gauges.set({"waiting_tokens": self._waiting})
@@ -132,20 +132,20 @@ class ServeMetrics:
         self.refusals.inc(1, {"kind": type(refusal).__name__})
 
     def found(self, rows: int) -> None:
-        """Tell how many rows in all were found."""
+        """Report how many rows were answered from the cache since the replica started."""
         if rows > self._found:
             self.rows_found.inc(rows - self._found)
         self._found = rows
 
     def compared(self, difference: Difference) -> None:
-        """Tell how the rewards of a version in the shadow differ; what cannot be told is not."""
+        """Report how the rewards of the shadow differ; a figure that is NaN is not shown."""
         told = {figure: getattr(difference, figure.removeprefix("shadow_")) for figure in SHADOW}
         self.gauges.set({k: None if np.isnan(v) else v for k, v in told.items()})
 
     def holds(
         self, models: Iterable[RewardModel], current: RewardModel, shadow: Trial | None
     ) -> None:
-        """Tell which versions of each reward are held, and which one answers."""
+        """Report which versions of each reward are loaded, and which one answers."""
         answering = {(name, of.version) for name, of in current.rewards.items()}
         held = {(name, of.version): of.export for m in models for name, of in m.rewards.items()}
         for which, export in held.items():
@@ -161,7 +161,7 @@ class ServeMetrics:
         self._shadow = shadow
 
     def scored(self, reward: str, rewards: Rewards, chunk: Chunk) -> None:
-        """Tell of a chunk's rewards of that name."""
+        """Report a chunk's rewards of that name."""
         for kind, count in Tally(type(e).__name__ for e in rewards.errors if e).items():
             self.errors.inc(count, {"kind": kind})
         which = reward, rewards.versions[0]

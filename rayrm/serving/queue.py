@@ -1,4 +1,4 @@
-"""What a replica computes next: groups of many callers on their way through one model.
+"""Queue the groups of many callers, and decide what a replica computes next.
 
 Bounded in tokens, fair between callers, and a pack that fails is taken apart until only the rows
 that cannot be scored are left. Knows nothing of Serve, of versions or of text.
@@ -128,7 +128,7 @@ class TokenQueue:
 
     @contextmanager
     def admit(self, caller: Hashable, tokens: int) -> Iterator[None]:
-        """Hold room for so many tokens until the block is left. Raises Overloaded."""
+        """Admit so many tokens until the block is left. Raises Overloaded."""
         self._refuse(caller, tokens)
         self._admitted[caller] += tokens
         try:
@@ -156,7 +156,7 @@ class TokenQueue:
             self._remove([place for place in self._waiting if place.call is call])
 
     def between_packs(self, what: Callable[[], None]) -> None:
-        """Run it between two packs, and wait for it."""
+        """Run a function between two packs, and wait for it."""
         self._computing.submit(what).result()
 
     @property
@@ -270,7 +270,7 @@ class TokenQueue:
         return self.pack * (PACKS_AT_THE_END if ends and math.isinf(self.share) else 1)
 
     def _forget(self) -> None:
-        """Callers with nothing waiting who are owed nothing, and who owe nothing either."""
+        """Drop callers that have nothing waiting and are no further than the others."""
         here = {place.call.caller for place in self._waiting}
         served = self._served.items()
         self._served = {c: s for c, s in served if c in here or s > self._now_served}

@@ -41,7 +41,7 @@ KEPT = 32
 
 
 def pin_of(own: str, adapters: Mapping[str, str]) -> str:
-    """An export or version and those of adapters beside it, as one; without adapters it is own."""
+    """Join an export or version with those of the adapters beside it; without any it is own."""
     return " ".join([own, *(f"{name}={adapters[name]}" for name in sorted(adapters))])
 
 
@@ -108,12 +108,12 @@ class Record(BaseModel):
 
     @property
     def wanted(self) -> list[Served]:
-        """What every replica is to hold."""
+        """What every replica has to load."""
         beside = [other.served for other in (self.staged, self.trial) if other]
         return [self.current, *beside]
 
     def before(self, served: Served) -> Served | None:
-        """What a rollback serves again once that is current."""
+        """Return what a rollback would serve after a switch to that."""
         return self.previous if self.current == served else self.current
 
     def find(self, version: str, caller: str) -> Served | None:
@@ -225,7 +225,7 @@ def _prefix(app: str) -> bytes:
 
 
 def unstaged(staged: Staged) -> Change:
-    """Takes that away, unless it has been taken away already."""
+    """Return a change that removes that staging, unless it is gone already."""
 
     def change(record: Record | None) -> Record | None:
         mine = record and record.staged == staged
@@ -235,7 +235,7 @@ def unstaged(staged: Staged) -> Change:
 
 
 def renamed(old: Served, new: Served) -> Change:
-    """Calls what is served by another version, wherever the record has it."""
+    """Return a change that renames a version wherever the record has it."""
 
     def change(record: Record | None) -> Record | None:
         if record is None:

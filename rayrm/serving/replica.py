@@ -28,12 +28,12 @@ from rayrm.serving.callers import CallsInProgress
 from rayrm.serving.chunk import Chunk
 from rayrm.serving.config import ServeConfig
 from rayrm.serving.demand import Demand
-from rayrm.serving.known import KnownRewards
 from rayrm.serving.metrics import ServeMetrics
 from rayrm.serving.queue import ModelBroken, TokenQueue
 from rayrm.serving.record import (
     Trial,
 )
+from rayrm.serving.reward_cache import RewardCache
 from rayrm.serving.shadow import Comparison, Difference
 from rayrm.serving.ticket import Caller, Ticket
 from rayrm.serving.versions import Models
@@ -45,7 +45,7 @@ CHUNKS_SHADOWED = 16
 
 
 class Replica:
-    """One copy of the model, behind a Serve handle; of two versions while a new one comes."""
+    """One copy of the model behind a Serve handle; two versions during a hot swap."""
 
     def __init__(self, config: ServeConfig) -> None:
         app = serve.get_replica_context().app_name
@@ -55,7 +55,7 @@ class Replica:
         self.in_progress = CallsInProgress()
         self.demand = Demand()
         self.queue = TokenQueue(config.tokens_per_pack, config.max_queue_tokens)
-        self.known = KnownRewards(config.cache_bytes)
+        self.cache = RewardCache(config.cache_bytes)
         self.models = Models(app, config, self._load, self.metrics.holds)
         self.shadowing: set[asyncio.Task[None]] = set()
         self.compared: tuple[Trial | None, Comparison] = None, Comparison()
@@ -96,7 +96,7 @@ class Replica:
                 scored = await asyncio.gather(
                     *(self._rewards_by(m, encoded, ticket.caller) for m in models.values())
                 )
-            self.metrics.found(self.known.rows_found)
+            self.metrics.found(self.cache.rows_found)
             rewards = dict(zip(models, scored, strict=True))
             for name, of in rewards.items():
                 self.metrics.scored(name, of, chunk)
@@ -112,11 +112,11 @@ class Replica:
         self, model: RewardModel, encoded: Encoded, caller: Caller | None
     ) -> Rewards:
         compute = partial(self.queue.score, compute=model.score_groups, caller=caller)
-        scored = await self.known.score(model.version, encoded.groups, compute)
+        scored = await self.cache.score(model.version, encoded.groups, compute)
         return model.collect(encoded, [s.values for s in scored], [s.errors for s in scored])
 
     def _shadow(self, trial: Trial, chunk: Chunk, rewards: Rewards) -> None:
-        """Score what is answered by another version too, when nothing else waits."""
+        """Let the shadow score the chunk too, when nothing else waits."""
         if len(self.shadowing) >= CHUNKS_SHADOWED:
             self.metrics.unshadowed.inc(len(rewards))
             return
@@ -138,7 +138,7 @@ class Replica:
         self.metrics.compared(self.difference())
 
     def difference(self) -> Difference:
-        """How the rewards in the shadow differ, as far as this replica knows."""
+        """Return how the shadow's rewards differ, over this replica's rows."""
         trial, comparison = self.compared
         return (comparison if trial == self.models.shadow else Comparison()).difference()
 
@@ -160,12 +160,12 @@ class Replica:
         return self.demand.report()
 
     def catch_up(self) -> dict[str, Any]:
-        """Compare with what is wanted, soon; stats as they are."""
+        """Compare with the record soon; returns stats."""
         self.models.hasten()
         return self.stats()
 
     def stats(self) -> dict[str, Any]:
-        """What this replica did since it started, and what waits."""
+        """Return what this replica did since it started, and what waits."""
         model, staged = self.models.model, self.models.record.staged
         return {
             "pid": os.getpid(),
@@ -181,7 +181,7 @@ class Replica:
             "computed_tokens": self.queue.computed_tokens,
             "queued_tokens": self.queue.queued_tokens,
             "admitted_tokens": self.queue.admitted_tokens,
-            "rows_found": self.known.rows_found,
+            "rows_found": self.cache.rows_found,
         }
 
 
@@ -206,7 +206,7 @@ def load_replica(config: ServeConfig) -> RewardModel:
 
 
 def warm_up(model: RewardModel) -> None:
-    """Touch the template, the kernels and the largest pack, so that what fails, fails now."""
+    """Run the template, the kernels and the largest pack once, so that errors come at start."""
     for of in model.rewards.values():
         of.score(["Hello"] * 2, ["Yes.", "No, not at all."])
     longest = min(model.template.spec.max_length, model.tokens_per_pack)

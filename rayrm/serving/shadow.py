@@ -1,4 +1,4 @@
-"""How the rewards of a version on trial differ from those of the current one, over the same rows.
+"""Compare the rewards of a shadow deployment with the current ones, over the same rows.
 
 Knows nothing of models, queues or versions: it is given what both gave.
 """

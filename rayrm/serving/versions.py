@@ -40,7 +40,7 @@ from rayrm.serving.record import (
 
 logger = logging.getLogger("ray.serve")
 
-# How often a replica compares itself with the record; being told to is only faster.
+# How often a replica compares itself with the record; catch_up makes it do so at once.
 COMPARE_S = 2.0
 
 # A step that is pinned to the model before still sends chunks, after waits of some seconds too.
@@ -81,12 +81,11 @@ def decide_dtype(app: str, config: ServeConfig) -> Dtype:
 
 
 class Models:
-    """The models that a replica holds: what the record wants, and the one before while it is used.
+    """The models that a replica has loaded: those of the record, and the previous one while in use.
 
-    A model is held by what steps are pinned to: its version and those of its adapters. load makes
-    a model of a config, ready to score; it runs beside the current model. tell is told what is
-    held, which of it is current, and what is in the shadow, whenever that was compared with what is
-    wanted.
+    They are looked up by what steps are pinned to: a version and those of its adapters. load makes
+    a model of a config, ready to score, beside the current one. tell is called after every
+    comparison with the record: with the loaded models, the current one, and the shadow's trial.
     """
 
     def __init__(
@@ -114,7 +113,7 @@ class Models:
         threading.Thread(target=self._follow, name="follow", daemon=True).start()
 
     async def get(self, version: str) -> RewardModel:
-        """The model of that version, "" for the current one. Raises VersionGone."""
+        """Return the model of that version, "" for the current one. Raises VersionGone."""
         if not version:
             return self.model
         if (model := self.held.get(version)) is None:
@@ -123,11 +122,11 @@ class Models:
         return model
 
     def hasten(self) -> None:
-        """Compare soon."""
+        """Compare with the record soon."""
         self._wake.set()
 
     def compare(self) -> None:
-        """Load what the record wants, drop what it does not want and nobody asks for."""
+        """Load what the record names; drop what it does not name and no step has used lately."""
         with self._changing:
             record = read_record(self.app)
             if record and record.staged and not is_alive(record.staged.owner):
@@ -152,7 +151,7 @@ class Models:
             self.tell(self.held.values(), self.model, self.shadow)
 
     def _obtain(self, version: str) -> RewardModel:
-        """Hold what is wanted though nobody told this replica yet; what is not wanted is gone."""
+        """Load a version that the record names and this replica has not seen; else VersionGone."""
         record = read_record(self.app)
         if record and version in {served.pin for served in record.wanted}:
             if failure := self._paused(version):
@@ -163,7 +162,7 @@ class Models:
         return model
 
     def _start(self) -> Record:
-        """Load what is wanted: by the record, or by a Serve config that came after it."""
+        """Load what the record names, or what a Serve config that came after it does."""
         record, own = read_record(self.app), pin_of(self.config.export, self.config.adapters)
         if record is None or record.started != own:
             served = self._load(None)
@@ -175,7 +174,7 @@ class Models:
         return record
 
     def _started(self, served: Served, record: Record | None) -> Record:
-        """The record where Serve starts replicas with what this one was started with."""
+        """Return the record that this first replica of a Serve config writes."""
         started = pin_of(self.config.export, self.config.adapters)
         if record and record.started == started:  # another replica was first
             return record
@@ -205,12 +204,12 @@ class Models:
             self.failed = {**self.failed, served.pin: failure}
 
     def _paused(self, version: str) -> Failure | None:
-        """Why that is not tried yet."""
+        """Return why a version failed to load, until it is tried again."""
         failure = self.failed.get(version)
         return failure if failure and time.monotonic() < failure.again_at else None
 
     def _load(self, wanted: Served | None) -> Served:
-        """Hold what is wanted, by default what the config says; what that is."""
+        """Load it (None: what the config names) and return what was loaded."""
         config = self.config.model_copy(update={"dtype": self.dtype})
         if wanted:
             config = config.model_copy(update=wanted.place)
@@ -243,7 +242,7 @@ class Models:
 
 
 def known_before(model: RewardModel, wanted: Served) -> bool:
-    """Whether that is how versions were called before they named more than weights and format."""
+    """Whether an earlier rayrm, which hashed less, gave these weights that version."""
     named = {OWN: wanted, **wanted.adapters}
     return named.keys() == model.rewards.keys() and all(
         of.export is not None and named[name].version in of.export.old_versions

@@ -1,4 +1,4 @@
-"""Ask a chat template what of a conversation it drops, by changing it and rendering it again.
+"""Find what a chat template drops of a conversation: change it, render it again, compare.
 
 Every text, thought, tool call and tool gets a number written into it, its ends kept. What of them
 the rendering does not show is changed by itself: if the rendering stays the same, it is dropped.

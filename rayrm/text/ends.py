@@ -1,4 +1,4 @@
-"""What a sampler leaves behind a response and before a prompt: ends of turn, other ends, padding.
+"""Separate a response from what a sampler leaves around it: ends of turn, other ends, padding.
 
 Knows the tokens that end and pad, as text; nothing of how a row is built.
 """

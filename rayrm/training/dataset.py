@@ -29,7 +29,7 @@ from rayrm.packing import Ids, TokenGroup, plan_packs
 from rayrm.rows import Row
 from rayrm.text.fingerprints import fingerprint_of_text
 from rayrm.text.template import Overlong, Template
-from rayrm.training.parts import connected, split_pairs
+from rayrm.training.prompt_parts import connected, split_pairs
 
 # Part of the cache's key: goes up whenever the same groups would be encoded differently.
 ENCODING = 4

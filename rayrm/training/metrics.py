@@ -39,7 +39,7 @@ CHECKPOINT_BOUNDS = [0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0]
 
 
 class TrainMetrics:
-    """Figures of a run, told by its rank 0 with the run's name as the tag `run`.
+    """Reports the figures of a run, on its rank 0, with the run's name as the tag `run`.
 
     tensorboard: directory for event files, none are written without it. Events that another
     attempt wrote for steps after `step`, where this one begins, are withdrawn.
@@ -68,7 +68,7 @@ class TrainMetrics:
             self.events = SummaryWriter(tensorboard, purge_step=step + 1, flush_secs=10)
 
     def step(self, figures: Mapping[str, Any]) -> None:
-        """Tell a step's figures: those of TrainResult.history."""
+        """Report a step's figures: those of TrainResult.history."""
         self.tokens.inc(figures["tokens"], self.run)
         told = {
             **figures,
@@ -79,11 +79,11 @@ class TrainMetrics:
         self._show("train", {figure: told[figure] for figure in STEP}, figures["step"])
 
     def evaluation(self, figures: Mapping[str, Any]) -> None:
-        """Tell the held-out figures that were added to a step's."""
+        """Report the held-out figures that were added to a step's."""
         self._show("eval", {figure: figures[figure] for figure in EVALUATION}, figures["step"])
 
     def checkpoint(self, seconds: float, step: int) -> None:
-        """Tell how long a checkpoint held up training."""
+        """Report how long a checkpoint held up training."""
         self.checkpoint_seconds.observe(seconds, self.run)
         if self.events:
             self.events.add_scalar("train/checkpoint_seconds", seconds, step)

@@ -1,6 +1,6 @@
-"""A bar on the driver for steps that are taken elsewhere in the cluster.
+"""Show a progress bar on the driver for steps that workers take elsewhere in the cluster.
 
-Workers tell an actor how far they are, a thread of the driver asks it. Knows nothing of what a step
+Workers report to an actor, which a thread of the driver polls. Knows nothing of what a step
 is.
 """
 

@@ -1,4 +1,4 @@
-"""A run's note of itself: config.json, what it was started with and what its first start decided.
+"""Read and write a run's config.json: its config, and what its first start decided.
 
 Knows where it lies and how it gets there whole; nothing of training.
 """

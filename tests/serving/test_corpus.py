@@ -411,6 +411,7 @@ def test_what_is_written_into_in_is_no_part_of_it(
     (tmp_path / ".a.jsonl.partial").write_bytes(b"half an OU")
     scored = score(tmp_path / pattern, tmp_path / "a.jsonl", part_rows=1)
     assert rewarded(tmp_path / "a.jsonl") == [*range(5)]
+    assert not (tmp_path / ".a.jsonl.partial").exists()
     assert (scored.rows, scored.resumed, scored.unrewarded) == (5, 1, 0)
     left = {str(p) for p in (tmp_path / "other.jsonl.parts").iterdir()} if not pattern else set()
     assert left <= set(scored.ignored_files), "of another run: passed by, and counted"

@@ -26,12 +26,12 @@ from rayrm.model.engine import RewardModel
 from rayrm.rows import Rewards
 from rayrm.serving.client import RewardClient
 from rayrm.serving.config import ServeConfig
-from rayrm.serving.known import KnownRewards
 from rayrm.serving.metrics import ServeMetrics
 from rayrm.serving.operations import compare, delete, deploy, promote, rollback, swap, try_out
 from rayrm.serving.queue import TokenQueue
 from rayrm.serving.record import Record, Served, Trial, change_record, delete_record, read_record
 from rayrm.serving.replica import Replica
+from rayrm.serving.reward_cache import RewardCache
 from rayrm.serving.versions import Models
 from tests.service import assert_same, before_each_pack, stats, texts, until
 
@@ -418,7 +418,7 @@ def test_what_is_current_answers_while_the_follower_changes_it(cluster: None, he
     assert asyncio.run(held.get("")) is current
     replica = Replica.__new__(Replica)
     replica.models, replica.calls, replica.refused = held, 0, 0
-    replica.queue, replica.known = TokenQueue(512, 1000), KnownRewards(0)
+    replica.queue, replica.cache = TokenQueue(512, 1000), RewardCache(0)
     assert replica.stats()["version"] == current.version
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from rayrm.errors import RowFailed
 from rayrm.packing import TokenGroup
-from rayrm.serving.known import ENTRY_BYTES, KnownRewards
 from rayrm.serving.queue import Scored
+from rayrm.serving.reward_cache import ENTRY_BYTES, RewardCache
 
 
 class Adding:
@@ -50,7 +50,7 @@ def run(test: Coroutine[Any, Any, None]) -> None:
 
 def test_a_row_is_computed_once_in_a_call_between_calls_and_later() -> None:
     async def test() -> None:
-        known, adding = KnownRewards(10**6), Adding()
+        known, adding = RewardCache(10**6), Adding()
         adding.gate.clear()
         first = asyncio.create_task(
             known.score("v", [group([1, 2], [1, 3], [1, 2]), group([1, 3])], adding)
@@ -71,7 +71,7 @@ def test_a_row_is_computed_once_in_a_call_between_calls_and_later() -> None:
 
 def test_another_version_has_rewards_of_its_own() -> None:
     async def test() -> None:
-        known, adding = KnownRewards(10**6), Adding()
+        known, adding = RewardCache(10**6), Adding()
         for version in ("a", "b", "a"):
             await known.score(version, [group([1, 2])], adding)
         assert adding.rows() == [[1, 2], [1, 2]]
@@ -81,7 +81,7 @@ def test_another_version_has_rewards_of_its_own() -> None:
 
 def test_rows_are_told_apart_whatever_they_share() -> None:
     async def test() -> None:
-        known, adding = KnownRewards(10**6), Adding()
+        known, adding = RewardCache(10**6), Adding()
         rows = [[1, 2, 3], [1, 2], [1, 2, 3, 0], [258], [1, 1]]
         for row in rows:
             (scored,) = await known.score("v", [group(row, [*row, 9])], adding)
@@ -92,7 +92,7 @@ def test_rows_are_told_apart_whatever_they_share() -> None:
 
 def test_what_failed_is_not_remembered() -> None:
     async def test() -> None:
-        known, adding = KnownRewards(10**6), Adding()
+        known, adding = RewardCache(10**6), Adding()
         adding.bad = {3}
         (scored,) = await known.score("v", [group([1, 2], [1, 3], [1, 2])], adding)
         assert sorted(scored.errors) == [0, 2] and scored.values[1] == 4
@@ -105,7 +105,7 @@ def test_what_failed_is_not_remembered() -> None:
 
 def test_a_caller_that_leaves_does_not_take_its_rows_from_others() -> None:
     async def test() -> None:
-        known, adding = KnownRewards(10**6), Adding()
+        known, adding = RewardCache(10**6), Adding()
         adding.gate.clear()
         leaving = asyncio.create_task(known.score("v", [group([1, 2], [1, 3])], adding))
         await asyncio.sleep(0)
@@ -121,7 +121,7 @@ def test_a_caller_that_leaves_does_not_take_its_rows_from_others() -> None:
 
 def test_without_memory_only_rows_on_their_way_are_shared() -> None:
     async def test() -> None:
-        known, adding = KnownRewards(0), Adding()
+        known, adding = RewardCache(0), Adding()
         both = (known.score("v", [group([1, 2])], adding) for _ in range(2))
         assert [s[0].values.tolist() for s in await asyncio.gather(*both)] == [[3], [3]]
         assert len(adding.asked) == 1 and len(known) == 0
@@ -134,7 +134,7 @@ def test_without_memory_only_rows_on_their_way_are_shared() -> None:
 def test_the_least_used_go_first_and_memory_is_bounded() -> None:
     async def test() -> None:
         adding = Adding()
-        known = KnownRewards(3 * ENTRY_BYTES)
+        known = RewardCache(3 * ENTRY_BYTES)
         for row in ([1], [2], [3], [1], [4]):
             await known.score("v", [group(row)], adding)
         assert len(known) == 3
@@ -144,7 +144,7 @@ def test_the_least_used_go_first_and_memory_is_bounded() -> None:
         assert adding.rows()[-1] == [2]
 
         rows = 5_000
-        known = KnownRewards(rows * ENTRY_BYTES)
+        known = RewardCache(rows * ENTRY_BYTES)
         tracemalloc.start()
         for start in range(0, 2 * rows, 1000):
             part = [group([start + i]) for i in range(1000)]

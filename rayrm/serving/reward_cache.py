@@ -1,7 +1,7 @@
-"""Rewards of rows that a replica has computed lately, or is computing: no row twice.
+"""Cache rewards, and deduplicate rows that are being computed.
 
-A row is its token ids and the version that scores it. Bounded in bytes, least recently used first
-out. Knows nothing of callers or packs.
+The key is a row's token ids and the version that scores it. Bounded in bytes, with the least
+recently used evicted first. Knows nothing of callers or packs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Score = Callable[[Sequence[TokenGroup]], Awaitable[Sequence[Scored]]]
 Reward = float | RowFailed
 
 
-class KnownRewards:
+class RewardCache:
     """Scores groups, computing only rows whose reward is not known and not on its way."""
 
     def __init__(self, max_bytes: int) -> None:
