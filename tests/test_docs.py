@@ -114,7 +114,6 @@ def test_what_is_not_run_says_why() -> None:
     assert silent == []
 
 
-@pytest.mark.slow
 def test_what_is_marked_runs(tmp_path: Path) -> None:
     words = ["red", "blue", "pink", "green"]
     pairs = [

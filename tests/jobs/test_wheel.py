@@ -55,7 +55,6 @@ def modules(node: ast.AST) -> list[str]:
     return [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
 
 
-@pytest.mark.slow
 def test_the_command_trains_evaluates_and_scores_without_the_checkout(
     installed: Path, tmp_path: Path
 ) -> None:
