@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rayrm.data.records import MESSAGE_KEYS, Message
 from rayrm.errors import EmptyResponse, InvalidRow, ModelError
-from rayrm.text.dropped import THOUGHT_KEYS, Tools, first_dropped
+from rayrm.rows import Tools
+from rayrm.text.dropped import THOUGHT_KEYS, first_dropped
 from rayrm.text.ends import Ends
 
 Rule = Literal["template", "continue"]

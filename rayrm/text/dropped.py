@@ -8,7 +8,7 @@ A template may trim, escape or move what it is given; that is no loss. Knows not
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 from jinja2 import TemplateError
 
 from rayrm.data.records import Message
+from rayrm.rows import Tools
 
-Tools = Sequence[Mapping[str, Any]]
 Render = Callable[[list[Message], Tools | None], str]
 Path = tuple[str | int, ...]
 
