@@ -15,17 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import ray
-from numpy.typing import NDArray
 from ray import serve
 
-from rayrm.errors import Overloaded, ServiceError, StepTimeout, VersionGone
+from rayrm.errors import Overloaded, StepTimeout, VersionGone
 from rayrm.model.engine import RewardModel
 from rayrm.rows import Rewards, make_rows
 from rayrm.serving.callers import this_caller
-from rayrm.serving.chunk import CHUNKS_PER_REPLICA
 from rayrm.serving.client import RewardClient
 from rayrm.serving.config import ServeConfig
 from rayrm.serving.operations import deploy
@@ -94,42 +91,6 @@ def test_a_step_is_scored_while_the_caller_does_something_else(
         assert_same(future.result(timeout=300), local.score(*step))
 
 
-def test_an_event_loop_awaits_and_is_told_so(client: RewardClient, local: RewardModel) -> None:
-    async def run() -> list[Rewards]:
-        with pytest.raises(ServiceError, match="score_async"):
-            client.score(["a"], ["b"])
-        return list(await asyncio.gather(*(client.score_async(*texts(2, r)) for r in (1, 2))))
-
-    for r, rewards in zip((1, 2), asyncio.run(run()), strict=True):
-        assert_same(rewards, local.score(*texts(2, r)))
-
-
-def test_groups_are_a_prompt_and_its_responses(client: RewardClient, local: RewardModel) -> None:
-    prompts, groups = ["Name a fruit.", "Name a colour."], [["Plum.", "Pear.", "Fig."], ["Red."]]
-    rows = [p for p, group in zip(prompts, groups, strict=True) for _ in group]
-    expected = local.score(rows, [response for group in groups for response in group])
-    assert_same(client.score(prompts, groups=groups), expected)
-    assert_same(local.score(prompts, groups=groups), expected)
-    for wrong in ({"groups": groups[:1]}, {"groups": ["Plum.", "Red."]}, {}):
-        with pytest.raises(ValueError, match="groups"):
-            client.score(prompts, **wrong)
-    with pytest.raises(ValueError, match="groups"):
-        client.score(prompts, ["a", "b"], groups=groups)
-
-
-def test_rewards_come_as_they_are_there(client: RewardClient, local: RewardModel) -> None:
-    prompts, responses = texts(100, 4)
-    prompts, responses = [*prompts, prompts[0], 7], [*responses, responses[0], "x"]  # type: ignore[list-item]
-    arrived: list[tuple[NDArray[Any], Rewards]] = []
-    rewards = client.score(prompts, responses, on_arrival=lambda *some: arrived.append(some))
-    assert len(arrived) > 1
-    places = np.concatenate([places for places, _ in arrived])
-    assert sorted(places) == list(range(401))  # the last was never sent
-    for places, part in arrived:
-        np.testing.assert_array_equal(part.values, rewards.values[places])
-        assert part.versions == [local.version] * len(places)
-
-
 def test_a_cancelled_step_frees_the_replica(client: RewardClient, shut: Path) -> None:
     step = client.submit(*texts(40, 4))
     until(lambda: waiting() > 0)
@@ -154,15 +115,6 @@ def test_whoever_interrupts_a_step_waits_for_it_no_more(client: RewardClient, sh
         client.score(*texts(40, 4), timeout_s=60)
     signal.signal(signal.SIGINT, before)
     until(lambda: waiting() == 0)
-
-
-def test_a_step_that_fails_sends_nothing_more(client: RewardClient) -> None:
-    calls = total(APP, "calls")
-    with pytest.raises(VersionGone):
-        client.score(*texts(1000, 4), version="gone@1")  # of some hundred chunks
-    time.sleep(0.5)
-    # Each that fails may have let one more go before the step heard of it.
-    assert total(APP, "calls") - calls <= 2 * CHUNKS_PER_REPLICA
 
 
 def test_a_deadline_of_one_call(client: RewardClient, shut: Path) -> None:

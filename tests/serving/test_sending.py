@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from rayrm import RewardClient, RewardModel
 from rayrm.config import OWN
@@ -23,7 +25,7 @@ from rayrm.errors import (
 )
 from rayrm.rows import Rewards, Row, make_rows
 from rayrm.serving import sending
-from rayrm.serving.chunk import Chunk, Step
+from rayrm.serving.chunk import CHUNKS_PER_REPLICA, Chunk, Step
 from rayrm.serving.sending import RETRIES, Sending
 from rayrm.serving.ticket import Caller, Ticket
 from rayrm.serving.transports import Answer, Away, Lost, NoRoom, Target, Transport
@@ -37,8 +39,11 @@ class Scripted(Transport):
 
     name = "the script"
 
-    def __init__(self, *script: Exception | None, served: Sequence[str] = ("v@1",)) -> None:
+    def __init__(
+        self, *script: Exception | None, served: Sequence[str] = ("v@1",), pack: int = 0
+    ) -> None:
         self.script = list(script)
+        self.pack = pack
         self.served = list(served)
         self.tickets: list[Ticket] = []
         self.in_flight = self.most_in_flight = 0
@@ -47,7 +52,7 @@ class Scripted(Transport):
         return ME
 
     async def find(self, caller: Caller, rewards: tuple[str, ...], version: str) -> Target:
-        return Target(4, version=version, rewards=rewards)
+        return Target(4, self.pack, version, rewards)
 
     async def call(self, target: Target, chunk: Chunk, ticket: Ticket) -> Answer:
         self.tickets.append(ticket)
@@ -145,6 +150,17 @@ def test_a_version_that_was_asked_for_is_not_replaced() -> None:
         client(Scripted(VersionGone("gone"))).score(*STEP, version="v@1")
 
 
+def test_a_step_that_fails_sends_nothing_more() -> None:
+    transport = Scripted(*[VersionGone("gone")] * 1000, pack=512)
+    step, in_flight = texts(4000, 4), 4 * CHUNKS_PER_REPLICA
+    assert len(Step(make_rows(*step)).cut(4, 512)) > 4 * in_flight
+    with pytest.raises(VersionGone):
+        client(transport).score(*step, version="gone@1")
+    time.sleep(0.2)  # the client's loop goes on by itself
+    # Each that fails may have let one more go before the step heard of it.
+    assert len(transport.tickets) <= 2 * in_flight
+
+
 def test_whoever_has_no_patience_hears_when_to_come_back() -> None:
     transport = Scripted(*[Overloaded("busy", 0.01)] * 10_000)
     with pytest.raises(Overloaded) as full:
@@ -175,12 +191,41 @@ def model(tiny_export: Path) -> RewardModel:
 def test_a_model_of_this_process_scores_as_it_does_by_itself(model: RewardModel) -> None:
     here = RewardClient(model=model)
     rows: tuple[list[Any], list[Any]] = [*STEP[0], "a", 3], [*STEP[1], "", "b"]
-    arrived: list[int] = []
-    rewards = here.score(*rows, on_arrival=lambda places, _: arrived.extend(places))
+    arrived: list[tuple[NDArray[Any], Rewards]] = []
+    rewards = here.score(*rows, on_arrival=lambda *some: arrived.append(some))
     assert_same(rewards, model.score(*rows))
-    assert sorted(arrived) == list(range(401))  # the last was never sent
-    assert rewards.versions[:-1] == [model.version] * 401
-    assert_same(asyncio.run(here.score_async(*STEP)), model.score(*STEP))
+    places = np.concatenate([places for places, _ in arrived])
+    assert sorted(places) == list(range(401))  # the last was never sent
+    for places, part in arrived:
+        np.testing.assert_array_equal(part.values, rewards.values[places])
+        assert part.versions == [model.version] * len(places)
+    assert len(arrived) > 1 and rewards.versions[:-1] == [model.version] * 401
+
+
+def test_an_event_loop_awaits_and_is_told_so(model: RewardModel) -> None:
+    here = RewardClient(model=model)
+
+    async def run() -> list[Rewards]:
+        with pytest.raises(ServiceError, match="score_async"):
+            here.score(["a"], ["b"])
+        return list(await asyncio.gather(*(here.score_async(*texts(2, r)) for r in (1, 2))))
+
+    for r, rewards in zip((1, 2), asyncio.run(run()), strict=True):
+        assert_same(rewards, model.score(*texts(2, r)))
+
+
+def test_groups_are_a_prompt_and_its_responses(model: RewardModel) -> None:
+    here = RewardClient(model=model)
+    prompts, groups = ["Name a fruit.", "Name a colour."], [["Plum.", "Pear.", "Fig."], ["Red."]]
+    rows = [p for p, group in zip(prompts, groups, strict=True) for _ in group]
+    expected = model.score(rows, [response for group in groups for response in group])
+    assert_same(here.score(prompts, groups=groups), expected)
+    assert_same(model.score(prompts, groups=groups), expected)
+    for wrong in ({"groups": groups[:1]}, {"groups": ["Plum.", "Red."]}, {}):
+        with pytest.raises(ValueError, match="groups"):
+            here.score(prompts, **wrong)
+    with pytest.raises(ValueError, match="groups"):
+        here.score(prompts, ["a", "b"], groups=groups)
 
 
 def test_a_model_of_this_process_refuses_as_a_service_does(model: RewardModel) -> None:
