@@ -1,4 +1,4 @@
-"""rayrm: reward models on Ray, from preferences to served rewards. The public names, lazily."""
+"""rayrm: train and serve reward models on Ray. Exports the public names, imported on first use."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""What a run is configured by: Pydantic sections, two levels deep, from YAML and dotted overrides.
+"""Read configurations, Pydantic sections two levels deep, from YAML and dotted overrides.
 
-A wrong key or value is a ConfigError that names the key, the value and what is allowed, before any
-model loads. Imports neither torch nor Ray, so that --help is instant.
+A wrong key or value raises a ConfigError that names the key, the value and what is allowed, before
+any model loads. Imports neither torch nor Ray, so that --help is fast. Does not know which sections
+training and serving have.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from pydantic.fields import FieldInfo
 
 from rayrm.errors import ConfigError
 
-# What the reward of a model or an application is called beside those of its adapters.
+# Name of the own reward of a model or application, as opposed to the rewards of its adapters.
 OWN = "default"
 
 
 def at_home(path: str) -> str:
-    """A path from ~, the home of whoever says it; URIs, hub names and other paths as they are."""
+    """Expand a leading ~ to this user's home; return other paths, URIs and hub names unchanged."""
     return os.path.expanduser(path)
 
 
 def local_path(path: str | Path) -> Path:
-    """A path on this machine's disks, as a user gives it."""
+    """Return the local path that a user gave, with a leading ~ expanded."""
     return Path(at_home(str(path)))
 
 
@@ -48,11 +49,13 @@ NamedLocations = Annotated[
 
 
 class Section(BaseModel):
+    """A group of fields; unknown keys are refused."""
+
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 class Config(Section):
-    """A whole configuration: what is wrong with it is raised as ConfigError, key by key."""
+    """A whole configuration. Raises a ConfigError that lists all wrong keys and values."""
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -62,16 +65,16 @@ class Config(Section):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
-        """Read YAML, then apply overrides ["--section.field", "value", …].
+        """Read a YAML file, then apply overrides ["--section.field", "value", …].
 
-        A value is YAML; of a field that is text it is the text as it stands, unless YAML's quotes
-        are around it.
+        A value is parsed as YAML, except that a text field takes an unquoted value literally.
+        Raises ConfigError if the file is missing or any key or value is wrong.
         """
         return cls(**override(cls, read_yaml(path), overrides))
 
 
 def describe(section: type[BaseModel], prefix: str = "--") -> str:
-    """Every field as a command-line override: its flag, default and meaning, one a line."""
+    """Return the help text: flag, default and meaning of each field, one per line."""
     lines = []
     for name, field in section.model_fields.items():
         kinds = sections(field.annotation)
@@ -85,7 +88,7 @@ def describe(section: type[BaseModel], prefix: str = "--") -> str:
 
 
 def _describe_kinds(kinds: Sequence[type[BaseModel]], tag: str, prefix: str) -> list[str]:
-    """Fields of a section of several kinds, each once; the first kind is the default."""
+    """Describe each field of a section of several kinds once; the first kind is the default."""
     names = [get_args(kind.model_fields[tag].annotation)[0] for kind in kinds]
     docs = [" ".join((kind.__doc__ or "").split()).rstrip(".") for kind in kinds]
     meanings = "; ".join(f"{name}: {doc}" for name, doc in zip(names, docs, strict=True))
@@ -105,27 +108,32 @@ def _describe_field(flag: str, field: FieldInfo) -> str:
 
 
 def sections(kind: Any) -> list[type[BaseModel]]:
-    """The sections that a field of this type may hold: one, several kinds, or none."""
+    """Return the section types that a field's type allows: none, one, or several (a union)."""
     kinds = get_args(kind) if get_origin(kind) is UnionType else (kind,)
     return [one for one in kinds if isinstance(one, type) and issubclass(one, BaseModel)]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file. Raises ConfigError if there is none."""
     path = local_path(path)
     try:
         values = yaml.safe_load(path.read_text())
     except (FileNotFoundError, IsADirectoryError):
-        raise ConfigError(f"no config file {path.resolve()}") from None
+        raise ConfigError(f"config file not found: {path.resolve()}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a mapping of sections, got {type(values).__name__}")
+        raise ConfigError(f"{path} must be a mapping of sections, got {type(values).__name__}")
     return values
 
 
 def override(
     model: type[BaseModel], values: dict[str, Any], overrides: Sequence[str]
 ) -> dict[str, Any]:
+    """Apply overrides to `values` in place, parsed by the model's field types; return `values`.
+
+    Raises ConfigError if they are not pairs of --section.field and value.
+    """
     pairs = [p for word in overrides for p in (word.split("=", 1) if word[:2] == "--" else [word])]
     if len(pairs) % 2:
         raise ConfigError(f"override {pairs[-1]!r} has no value: write --section.field value")
@@ -143,7 +151,7 @@ def override(
 
 
 def _type_at(model: Any, keys: Sequence[str]) -> Any:
-    """The type of the field below those keys, None where there is no such field."""
+    """Return the type of the field at the path `keys`, None if there is no such field."""
     for key in keys:
         if kinds := sections(model):
             fields = [kind.model_fields[key] for kind in kinds if key in kind.model_fields]
@@ -154,14 +162,14 @@ def _type_at(model: Any, keys: Sequence[str]) -> Any:
 
 
 def _parse(value: str, kind: Any) -> Any:
-    """YAML, or the word as it stands: "*.jsonl" begins as an alias would, and is a glob.
+    """Parse a value as YAML; return it literally if it is not YAML, such as the glob "*.jsonl".
 
-    kind: the field's type. In YAML 2026, on, null and 2026-01-01 are no text, "a: b" is a mapping,
-    and "# " a comment; of a field that is text, all of them are text.
+    kind: the field's type. YAML does not read 2026, on, null and 2026-01-01 as text, reads "a: b"
+    as a mapping and "# " as a comment. For a field of type text, all of these stay text.
     """
     texts = kind in (list[str], dict[str, str])
     try:
-        # The base loader leaves every word in a list or mapping the text that it is.
+        # The base loader keeps every scalar in a list or mapping as text.
         parsed = yaml.load(value, yaml.BaseLoader if texts else yaml.SafeLoader)
     except yaml.YAMLError:
         return value
@@ -192,7 +200,7 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
             near = difflib.get_close_matches(loc[-1], allowed, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             if where := [f"{tag} = {name!r}" for tag, name, has in others if loc[-1] in has]:
-                lines.append(f"{key} = {problem['input']!r}: only for {' or '.join(where)}")
+                lines.append(f"{key} = {problem['input']!r}: allowed only for {' or '.join(where)}")
             else:
                 lines.append(f"unknown key {key!r}{hint} (allowed: {', '.join(allowed)})")
         elif problem["type"] == "missing":
@@ -212,9 +220,10 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
 def _place(
     model: type[BaseModel], loc: Sequence[int | str]
 ) -> tuple[list[str], list[str], list[tuple[str, str, list[str]]]]:
-    """Where a problem is, without the names of kinds: its keys, and the fields that are allowed.
+    """Locate a problem: return its keys, without names of kinds, and the fields allowed there.
 
-    Then the kinds that a section may have besides: the key and name that choose each, its fields.
+    Third, for a section of several kinds, the other kinds: the key and the name that select each,
+    and its fields.
     """
     keys: list[str] = []
     others: list[tuple[str, str, list[str]]] = []

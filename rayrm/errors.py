@@ -1,32 +1,33 @@
-"""Every error that a user can cause, as a tree; each pickles, so it crosses Ray whole::
+"""Define every error that a user can cause; each can be pickled, so Ray transports it unchanged::
 
     RayrmError
-    ├── ConfigError          a config key or value, before any model loads
-    ├── DataError            a preference record: file, row and field
+    ├── ConfigError          a wrong config key or value; raised before any model loads
+    ├── DataError            a wrong preference record; names file, row and field
     ├── ModelError           a base model that is missing or that cannot be scored exactly
-    ├── ExportError          an export that is missing, too new, pickled, or not what was recorded
+    ├── ExportError          an export that is missing, too new, pickled, or differs from its record
     ├── UnknownReward        a reward's name that the model or the application does not have
-    ├── TrainingError        a run that cannot go on: NaN, a name used for another config
-    ├── ServiceError         the reward service as a whole: no such application, gave up retrying
-    │   ├── Overloaded       its queues are full: when to come back
-    │   ├── VersionGone      a step is pinned to a model that is not served any more
-    │   └── StepTimeout      a step was not scored in time
+    ├── TrainingError        a run that cannot continue: NaN, a name used for another config
+    ├── ServiceError         the reward service as a whole: no such application, retries exhausted
+    │   ├── Overloaded       the queues are full; says when to retry
+    │   ├── VersionGone      the version that a step is pinned to is no longer served
+    │   └── StepTimeout      a step was not scored within its timeout
     └── RowError             one row of a scoring call; the other rows are scored
         ├── EmptyResponse
         ├── RowTooLong
-        ├── InvalidRow       not text, messages or ids; a template that refuses the messages
+        ├── InvalidRow       not text, messages or token ids; or the chat template refuses it
         ├── InvalidTokenIds  out of range, or made by another tokenizer
         ├── NonFiniteReward
-        └── RowFailed        the model raises for this row, and not for others
+        └── RowFailed        the model raises an error for this row
 
-Knows nothing of the rest of the package. Messages say what, where and what would be right.
+Messages say what is wrong, where, and what would be right. Does not know about the rest of the
+package.
 """
 
 from __future__ import annotations
 
 
 class RayrmError(Exception):
-    """Base of all errors that rayrm raises for its users. Takes one argument: the message."""
+    """Base class of all errors that rayrm raises for its users; constructed from the message."""
 
 
 class ConfigError(RayrmError, ValueError):
@@ -34,23 +35,23 @@ class ConfigError(RayrmError, ValueError):
 
 
 class DataError(RayrmError, ValueError):
-    """A preference record is wrong, or its file is missing."""
+    """A preference record is wrong, or its file is missing or unreadable."""
 
 
 class ModelError(RayrmError, ValueError):
-    """A base model is missing, or its rewards could not be computed exactly."""
+    """A base model is missing, or rayrm cannot compute its rewards exactly."""
 
 
 class ExportError(RayrmError, ValueError):
-    """An export is missing, of a newer format, pickled, or differs from its recorded hash."""
+    """An export is missing, has a newer format, is pickled, or differs from its recorded hash."""
 
 
 class UnknownReward(RayrmError, LookupError):
-    """No reward of that name: neither the model's or application's own, nor an adapter's."""
+    """The model or application has no reward of that name: neither its own nor an adapter's."""
 
 
 class TrainingError(RayrmError, RuntimeError):
-    """A training run cannot go on."""
+    """A training run cannot continue."""
 
 
 class ServiceError(RayrmError, RuntimeError):
@@ -58,7 +59,7 @@ class ServiceError(RayrmError, RuntimeError):
 
 
 class Overloaded(ServiceError):
-    """The replicas have as much waiting as they take. retry_after_s: when to come back, seconds."""
+    """The replicas' queues are full. retry_after_s: seconds to wait before a retry."""
 
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
@@ -66,23 +67,23 @@ class Overloaded(ServiceError):
 
 
 class VersionGone(ServiceError):
-    """The version that a step is pinned to is not served, or not any more."""
+    """The version that a step is pinned to is not served, or no longer."""
 
 
 class StepTimeout(ServiceError, TimeoutError):
-    """A step was not scored within its timeout_s; what was left of it is cancelled."""
+    """A step was not scored within its timeout_s; its unfinished rows are cancelled."""
 
 
 class RowError(RayrmError, ValueError):
-    """One row cannot be scored; carried in the result beside the other rows' rewards."""
+    """One row cannot be scored; returned in the result, next to the rewards of the other rows."""
 
 
 class EmptyResponse(RowError):
-    """The response has no tokens to pool."""
+    """The response has no tokens to score."""
 
 
 class RowTooLong(RowError):
-    """Prompt and response exceed the longest row that the model scores."""
+    """Prompt and response together exceed the model's maximum row length."""
 
 
 class InvalidRow(RowError):
@@ -94,8 +95,8 @@ class InvalidTokenIds(RowError):
 
 
 class NonFiniteReward(RowError):
-    """The model gave NaN or infinity."""
+    """The model returned NaN or infinity."""
 
 
 class RowFailed(RowError):
-    """The model raised for this row and for no other: the message says what."""
+    """The model raised an error for this row, also when computed alone; the message holds it."""

@@ -1,6 +1,6 @@
-"""Files that are there whole or not at all, and the user's cache of them.
+"""Write files and directories atomically, and locate the user's cache.
 
-Knows nothing of what they hold.
+Does not know about their contents.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
 
-# Behind the name of a file that is being written.
+# Suffix of files that are being written.
 PARTIAL = ".partial"
 
 
 def cache_directory(*names: str) -> Path:
-    """A directory in the user's cache, made if it is not there: $XDG_CACHE_HOME/rayrm/NAMES…"""
+    """Return the directory $XDG_CACHE_HOME/rayrm/NAMES…, in ~/.cache by default; create it."""
     root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     directory = root.joinpath("rayrm", *names)
     directory.mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,7 @@ def cache_directory(*names: str) -> Path:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that is at its path once the block is left, or not at all; replaces what is there."""
+    """Open a file that replaces `path` once the block completes; until then `path` is unchanged."""
     partial = path.with_name(f".{path.name}.{uuid4().hex}{PARTIAL}")
     with partial.open("wb") as file:
         yield file
@@ -36,23 +36,23 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_partials(of: Path) -> None:
-    """Remove what killed writers of that file have left; nobody may be writing it."""
+    """Remove the partial files that killed writers of `of` left. Requires that none is writing."""
     for file in of.parent.glob(f".*{PARTIAL}"):
         if is_partial(file, of):
             file.unlink()
 
 
 def is_partial(file: Path, of: Path) -> bool:
-    """Whether whole_file left or is writing that file on the way to another."""
-    own = re.fullmatch(rf"\.{re.escape(of.name)}(\.[0-9a-f]{{32}})?{re.escape(PARTIAL)}", file.name)
-    return own is not None and file.parent == of.parent
+    """Return whether `file` is a partial file of `of`, as whole_file writes it."""
+    name = rf"\.{re.escape(of.name)}(\.[0-9a-f]{{32}})?{re.escape(PARTIAL)}"
+    return re.fullmatch(name, file.name) is not None and file.parent == of.parent
 
 
 def move_directory(made: Path, target: Path) -> bool:
-    """Move a finished directory to its place by one rename; False where another is there.
+    """Move a finished directory to `target` by one rename; return False if `target` exists.
 
-    Of several processes that make the same, the first wins, and nobody sees half of it. What was
-    made stays where it is if it did not.
+    Of several processes that make the same directory, the first wins, and none sees a partial one.
+    If the result is False, `made` stays in its place.
     """
     try:
         made.rename(target)
@@ -64,7 +64,7 @@ def move_directory(made: Path, target: Path) -> bool:
 
 
 def keep_first(made: Path, target: Path) -> Path:
-    """move_directory, where whatever is there is as good: what was made is removed then."""
+    """Move a finished directory to `target`, or delete it if `target` exists; return `target`."""
     if not move_directory(made, target):
         shutil.rmtree(made)
     return target

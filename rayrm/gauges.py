@@ -1,29 +1,25 @@
-"""Gauges that Prometheus sees for as long as a process lives.
+"""Expose Prometheus gauges for as long as a process lives.
 
-Knows nothing of what they show.
+Does not know what the gauges show.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from ray.util.metrics import Gauge
 
-if TYPE_CHECKING:
-    pass
-
-
-# A process reports to the agent once a second or less often.
+# Seconds between repeats. A process reports to the agent at most once a second.
 REPEAT_S = 0.5
 
 
 class Gauges:
-    """Gauges by figure, exposed for as long as the process lives; a value of None is not.
+    """Gauges by name, exposed until close or the end of the process.
 
-    Ray sends a value to the agent once, and the agent forgets it after two reports without one. So
-    a thread sets each again and again: else a slow step would look like a run that has ended.
+    Ray sends a value to the agent once, and the agent drops it after two reports without it. A
+    thread therefore sets every value repeatedly, so that a slow step does not look like an ended
+    run.
     """
 
     def __init__(self, gauges: Mapping[str, Gauge]) -> None:
@@ -34,13 +30,14 @@ class Gauges:
         threading.Thread(target=self._repeat, name="gauges", daemon=True).start()
 
     def set(self, figures: Mapping[str, float | None], **tags: str) -> None:
+        """Set values by the gauges' names, under these tags; None stops exposing a gauge."""
         with self._changing:
             for figure, value in figures.items():
                 self._values[figure, tuple(tags.items())] = value
                 self._gauges[figure].set(value, tags)
 
     def close(self) -> None:
-        """Stop exposing them."""
+        """Stop repeating the values, so that the agent drops them."""
         self._closed.set()
 
     def _repeat(self) -> None:

@@ -1,8 +1,7 @@
-"""Groups of token ids → packs, and packs → equal shares for ranks.
+"""Pack groups of token ids, and distribute groups evenly over ranks.
 
 A pack is one padding-free row of whole groups, each laid out [prefix | suffix 1 | suffix 2 …]: the
-tokens that all responses of a group begin with stand once. Pure planning over lengths: knows
-nothing of torch, text, or what a reward is.
+tokens that all rows of a group begin with occur once. Does not know about torch, text or rewards.
 """
 
 from __future__ import annotations
@@ -23,34 +22,38 @@ T = TypeVar("T", bound=np.generic)
 
 @dataclass(frozen=True)
 class TokenGroup:
-    """One prompt's rows of token ids: what all begin with, and how each goes on (≥ 1 token)."""
+    """The K rows of token ids of one prompt.
+
+    prefix: int32 [P], the tokens that all rows begin with. suffixes: K arrays int32 [≥ 1], the
+    remaining tokens of each row.
+    """
 
     prefix: Ids
     suffixes: tuple[Ids, ...]
 
     @classmethod
     def from_rows(cls, rows: Sequence[Ids]) -> TokenGroup:
-        """Share the longest common prefix of the rows' ids, leaving each row its last token."""
+        """Share the longest common prefix of the rows that leaves each at least its last token."""
         shared = common_prefix(rows) if len(rows) > 1 else 0
         return cls(rows[0][:shared], tuple(row[shared:] for row in rows))
 
     @cached_property
     def tokens(self) -> int:
-        """Tokens that are computed: the prefix once and every suffix."""
+        """Number of tokens to compute: the prefix once and every suffix."""
         return len(self.prefix) + sum(map(len, self.suffixes))
 
     @property
     def tokens_unshared(self) -> int:
-        """Tokens of the rows, each by itself."""
+        """Number of tokens without sharing: the prefix counts once per row."""
         return len(self.suffixes) * len(self.prefix) + sum(map(len, self.suffixes))
 
     @property
     def rows(self) -> list[Ids]:
-        """The rows as they were before sharing."""
+        """Return the rows, each with its prefix."""
         return [np.concatenate([self.prefix, suffix]) for suffix in self.suffixes]
 
     def part(self, suffixes: range) -> TokenGroup:
-        """The group of some of its rows; one alone has no prefix, as from_rows gives it."""
+        """Return the group of some rows; a single row becomes one suffix without a prefix."""
         if len(suffixes) == 1:
             suffix = self.suffixes[suffixes.start]
             return TokenGroup(self.prefix[:0], (np.concatenate([self.prefix, suffix]),))
@@ -58,7 +61,7 @@ class TokenGroup:
 
 
 def common_prefix(rows: Sequence[Ids]) -> int:
-    """Length of the longest common prefix of all rows, at most the shortest row less one token."""
+    """Return the length of the rows' longest common prefix, less than that of the shortest row."""
     longest = min(map(len, rows)) - 1
     block = np.stack([row[:longest] for row in rows])
     differs = (block != block[0]).any(axis=0)
@@ -67,7 +70,10 @@ def common_prefix(rows: Sequence[Ids]) -> int:
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens [start, end) of a pack, which see themselves causally and all of a prefix before."""
+    """Tokens [start, end) of a pack that attend to themselves causally and to a prefix.
+
+    The prefix is all tokens [prefix_start, prefix_end), which is empty for a prefix itself.
+    """
 
     start: int
     end: int
@@ -77,10 +83,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Pack:
-    """One padding-free row of T tokens that holds K responses.
+    """One padding-free row of T tokens with K responses.
 
-    input_ids and position_ids are int32 [T]; last is int32 [K], the position in the row of each
-    response's final token, in the order of the groups and of the responses inside them.
+    input_ids, position_ids: int32 [T]; positions count from 0 in each response's own row.
+    last: int32 [K], index in the pack of each response's final token, in the order of the groups
+    and of the responses in them. segments: which tokens attend to which.
     """
 
     input_ids: Ids
@@ -118,9 +125,9 @@ class Pack:
 
 
 def plan_packs(costs: Sequence[int], budget: int) -> list[list[int]]:
-    """First-fit decreasing: indices of groups for each pack, every pack's cost ≤ budget.
+    """Assign groups to packs of cost ≤ budget (first-fit decreasing); return indices per pack.
 
-    A group that is larger than the budget gets a pack of its own.
+    A group above the budget gets its own pack.
     """
     packs: list[list[int]] = []
     room: list[int] = []
@@ -136,14 +143,15 @@ def plan_packs(costs: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def share_packs(costs: Sequence[int], world_size: int, budget: int) -> list[list[list[int]]]:
-    """Cut one optimizer step into micro-batches: indices of groups as [rank][micro-batch][·].
+    """Split groups into micro-batches for ranks: return indices as [rank][micro-batch][·].
 
-    Every rank gets the same number of micro-batches, since ZeRO-3 waits for all ranks in each
-    forward; their costs are balanced. With fewer groups than ranks some micro-batches are empty.
+    Every rank gets the same number of micro-batches, since ZeRO-3 synchronises ranks in each
+    forward; their costs are balanced. With too few groups some micro-batches are empty. Only a
+    micro-batch of a single group exceeds the budget.
     """
     micro_batches = -(-len(plan_packs(costs, budget)) // world_size)
     bins = balance(costs, micro_batches * world_size)
-    # Filled evenly instead of tightly, a few groups may need a round more to keep the budget.
+    # Balanced bins are packed less tightly than first-fit: they may need another micro-batch.
     while any(len(batch) > 1 and sum(costs[i] for i in batch) > budget for batch in bins):
         micro_batches += 1
         bins = balance(costs, micro_batches * world_size)
@@ -151,9 +159,9 @@ def share_packs(costs: Sequence[int], world_size: int, budget: int) -> list[list
 
 
 def balance(costs: Sequence[int], bins: int) -> list[list[int]]:
-    """Spread indices over bins so that the costliest bin is small (longest processing time first).
+    """Distribute indices over bins of about equal cost (longest processing time first).
 
-    The bins come back costliest first, so that neighbours cost about the same.
+    Returns the costliest bin first, so that neighbouring bins cost about the same.
     """
     heap = [(0, b) for b in range(bins)]
     filled: list[list[int]] = [[] for _ in range(bins)]
@@ -165,12 +173,12 @@ def balance(costs: Sequence[int], bins: int) -> list[list[int]]:
 
 
 def by_group(values: NDArray[T], sizes: Sequence[int]) -> list[NDArray[T]]:
-    """Values [N] of the responses of groups, one after the other, as one array for each group."""
+    """Split values [N] of consecutive groups of responses into one array per group."""
     return np.split(values, np.cumsum(sizes)[:-1])
 
 
 def split_group(group: TokenGroup, budget: int) -> Iterator[range]:
-    """Ranges of a group's suffixes that fit the budget together with the prefix, one at least."""
+    """Yield ranges of suffixes that fit the budget with the prefix; a single one may exceed it."""
     start, cost = 0, len(group.prefix)
     for i, suffix in enumerate(group.suffixes):
         if i > start and cost + len(suffix) > budget:

@@ -1,7 +1,7 @@
-"""What a caller sends and gets: rows of prompt and response, and their rewards.
+"""Define and check the rows (prompt and response) that a caller sends, and their rewards.
 
-Checks rows and brings them into one shape. Needs numpy alone, so that a client loads neither torch
-nor transformers. Knows nothing of how a row is rendered, tokenised or scored.
+Loads neither torch nor transformers, so that a client starts fast. Does not know how a row is
+rendered, tokenised or scored.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Tools = Sequence[Mapping[str, Any]]
 
 
 class Row(NamedTuple):
-    """One prompt and one response, both text, both messages (or text), or both token ids.
+    """One prompt and one response: each text or messages, or both token ids.
 
-    An unfinished response was cut at the sampler's token limit: it is never closed with an end.
-    tools: what the prompt says can be called, as JSON schemas, for the chat template.
+    finished: False if the sampler's token limit cut the response, which then gets no end of turn
+    and no EOS. tools: JSON schemas of the tools in the prompt, for the chat template.
     """
 
     prompt: Text | Tokens
@@ -42,9 +42,9 @@ class Row(NamedTuple):
 
 
 def check_row(row: Row) -> None:
-    """Raises InvalidRow unless prompt and response are both ids, or text and messages.
+    """Raise InvalidRow unless prompt and response are both token ids, or each text or messages.
 
-    An empty list or array goes with either: no prompt, or an empty response.
+    An empty list or array counts as either: no prompt, or an empty response.
     """
     kinds = {_kind(value) for value in (row.prompt, row.response) if not is_empty(value)}
     if "none" in kinds or ("ids" in kinds and len(kinds) > 1):
@@ -55,12 +55,13 @@ def check_row(row: Row) -> None:
             f"got {wrong or f'{_describe(row.prompt)} and {_describe(row.response)}'}"
         )
     if row.tools and "ids" in kinds:
-        raise InvalidRow("token ids hold what the tools were rendered to: leave tools out")
+        raise InvalidRow("tools given with token ids, which already contain them: leave tools out")
     if row.tools is not None and not (_is_objects(row.tools) and _is_json(row.tools)):
         raise InvalidRow(f"tools must be a list of JSON schemas, got {_describe(row.tools)}")
 
 
 def is_empty(value: object) -> bool:
+    """Return whether a prompt or response is an empty list or array."""
     if isinstance(value, np.ndarray):
         return not value.size
     return isinstance(value, list | tuple) and not value
@@ -80,13 +81,14 @@ def _kind(value: object) -> Literal["text", "messages", "ids", "none"]:
 
 
 def is_messages(value: object) -> TypeGuard[Sequence[Message]]:
+    """Return whether a prompt or response is a list of valid messages (or empty)."""
     return isinstance(value, list | tuple) and all(
         isinstance(m, dict) and _is_text(m.get("role")) and not any(_wrong_keys(m)) for m in value
     )
 
 
 def _wrong_keys(message: Mapping[str, Any]) -> Iterator[str]:
-    """The keys of a message whose values no template could render as what they are."""
+    """Yield the keys of a message whose values have a type that no template renders."""
     content, calls = message.get("content"), message.get("tool_calls")
     if not _is_text(content) and not (content is None and calls):
         yield "content"
@@ -98,7 +100,7 @@ def _wrong_keys(message: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _wrong_key(value: object) -> str | None:
-    """What of messages is of the wrong type, in words."""
+    """Describe the first value of a wrong type in messages, None if there is none."""
     if isinstance(value, list | tuple):
         for i, message in enumerate(value):
             for key in _wrong_keys(message) if isinstance(message, dict) else ():
@@ -119,7 +121,7 @@ def _is_json(value: object) -> bool:
 
 
 def _is_text(value: object) -> TypeGuard[str]:
-    """Whether it is a string without lone surrogates, which no tokenizer takes."""
+    """Return whether it is a string without lone surrogates, which no tokenizer accepts."""
     if not isinstance(value, str):
         return False
     try:
@@ -130,12 +132,12 @@ def _is_text(value: object) -> TypeGuard[str]:
 
 
 def is_ids(value: object) -> bool:
-    """Whether a prompt or response is token ids."""
+    """Return whether a prompt or response is token ids."""
     return _kind(value) == "ids"
 
 
 def prompt_key(prompt: Text | Tokens, tools: Tools | None = None) -> object:
-    """Equal for equal prompts: rows with one key belong to one group."""
+    """Return a hashable key that is equal for equal prompts; rows with equal keys form a group."""
     if tools:
         return prompt_key(prompt), json.dumps(tools)
     if isinstance(prompt, str):
@@ -155,11 +157,11 @@ Texts = Sequence[Text | Tokens]
 
 @dataclass(frozen=True)
 class Rewards:
-    """Rewards of N rows, in the order they were given.
+    """Rewards of N rows, in the order in which the rows were given.
 
-    values: float32 [N], raw, NaN where a row failed. errors: [N], None or that row's RowError.
-    truncated, unfinished: bool [N], prompt cut from the left, response without its end.
-    versions: [N], the model that scored the row.
+    values: float32 [N], unnormalised, NaN for a row that failed. errors: [N], the row's RowError or
+    None. truncated: bool [N], prompt cut from the left. unfinished: bool [N], response cut at the
+    sampler's token limit. versions: [N], version of the model that scored the row.
     """
 
     values: NDArray[np.float32]
@@ -173,18 +175,21 @@ class Rewards:
 
 
 def check_names(rewards: Sequence[str] | None) -> Sequence[str]:
-    """The rewards that a call asks for, by default the own one. ValueError for none, or text."""
+    """Return the names of the rewards to compute, by default the model's own.
+
+    Raises ValueError if `rewards` is empty or a string.
+    """
     if rewards is not None and (isinstance(rewards, str) or not rewards):
         raise ValueError(f"rewards = {rewards!r}: give a list of names")
     return [OWN] if rewards is None else rewards
 
 
 def check_served(rewards: Sequence[str], adapters: Collection[str]) -> None:
-    """Raises UnknownReward."""
-    there = [OWN, *adapters]
-    if unknown := [name for name in rewards if name not in there]:
+    """Raise UnknownReward if a name is neither the own reward nor an adapter's."""
+    served = [OWN, *adapters]
+    if unknown := [name for name in rewards if name not in served]:
         raise UnknownReward(
-            f"no reward {', '.join(map(repr, unknown))}; there are {', '.join(map(repr, there))}"
+            f"no reward {', '.join(map(repr, unknown))}; there are {', '.join(map(repr, served))}"
         )
 
 
@@ -195,9 +200,10 @@ def make_rows(
     groups: Sequence[Texts] | None = None,
     tools: Sequence[Tools | None] | None = None,
 ) -> list[Row]:
-    """Rows of N prompts and N responses, or of prompts and the group of responses to each.
+    """Return the rows of N prompts and N responses, or of N prompts and N groups of responses.
 
-    tools: one entry for each prompt. ValueError where the lengths differ.
+    finished: one entry per row. tools: one entry per prompt. Raises ValueError unless either
+    responses or groups are given, or if lengths differ.
     """
     tools = [None] * len(prompts) if tools is None else tools
     if len(tools) != len(prompts):
@@ -206,19 +212,19 @@ def make_rows(
             "or None"
         )
     if (responses is None) == (groups is None):
-        raise ValueError("give responses, one for each prompt, or groups, a list for each prompt")
+        raise ValueError("give either responses, one per prompt, or groups, a list per prompt")
     if groups is not None:
         if len(prompts) != len(groups) or any(isinstance(group, str) for group in groups):
             raise ValueError(
                 f"{len(prompts)} prompts, {len(groups)} groups: give a list of responses per prompt"
             )
-        tools = [of for of, group in zip(tools, groups, strict=True) for _ in group]
+        tools = [t for t, group in zip(tools, groups, strict=True) for _ in group]
         prompts = [p for p, group in zip(prompts, groups, strict=True) for _ in group]
         responses = [response for group in groups for response in group]
     assert responses is not None
     finished = [True] * len(responses) if finished is None else finished
     if isinstance(prompts, str) or isinstance(responses, str):
-        raise ValueError("prompts and responses are lists, one response for each prompt")
+        raise ValueError("prompts and responses must be lists, with one response per prompt")
     if not len(prompts) == len(responses) == len(finished):
         raise ValueError(
             f"{len(prompts)} prompts, {len(responses)} responses, {len(finished)} finished: "
@@ -229,10 +235,10 @@ def make_rows(
 
 
 def warn_unnamed_ids(rows: Sequence[Row], tokenizer: object) -> None:
-    """Warn the caller of score about token ids whose tokenizer nobody named."""
+    """Warn the caller of score if rows are token ids and no tokenizer is named."""
     if tokenizer is None and any(is_ids(row.response) for row in rows):
         warnings.warn(
-            "token ids came without their tokenizer: pass tokenizer=, another one's ids would get "
-            "plausible but wrong rewards",
+            "token ids came without their tokenizer: pass tokenizer= to check that it is the "
+            "model's, since ids of another one get plausible but wrong rewards",
             stacklevel=3,
         )

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rayrm.model.export import Export, hash_weights, with_text_to_ids
+from rayrm.model.export import Export, hash_weights, with_fingerprints
 from rayrm.model.net import DTYPES, load_base, quiet, save_weights
 from rayrm.text.template import TemplateSpec
 
@@ -95,5 +95,5 @@ def make_export(
     tokenizer.save_pretrained(export)
     spec = TemplateSpec("chat", "\n", 256, made_by)
     record = Export(name="tiny", dtype=dtype, template=spec, weights_sha256=hash_weights(export))
-    with_text_to_ids(export, record).write(export)
+    with_fingerprints(export, record).write(export)
     return export

@@ -19,7 +19,7 @@ from rayrm.data.records import MESSAGE_KEYS, read_groups
 from rayrm.errors import InvalidRow
 from rayrm.evaluation.evaluate import score
 from rayrm.model.engine import RewardModel
-from rayrm.model.export import RECORD, Export, with_text_to_ids
+from rayrm.model.export import RECORD, Export, with_fingerprints
 from rayrm.rows import Row, make_rows
 from rayrm.serving.chunk import Step
 from rayrm.serving.client import RewardClient
@@ -75,7 +75,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(directory)
     record = Export(**json.loads((directory / RECORD).read_text()))
-    with_text_to_ids(directory, record).write(directory)
+    with_fingerprints(directory, record).write(directory)
     return directory
 
 

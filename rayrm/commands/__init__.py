@@ -1,6 +1,7 @@
-"""The command rayrm: train, evaluate, serve, score, plan.
+"""Run the command line: rayrm train, evaluate, serve, score, plan.
 
-Each has a module of its own, which jobs/ calls too. Loads nothing heavy before it has to.
+Each command is a module here, which jobs/ also calls; only the one that runs is imported. Does not
+know the commands' arguments.
 """
 
 from __future__ import annotations
@@ -9,18 +10,18 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-# Each command and what it does, in a line.
+# One line of help per command.
 COMMANDS = {
-    "train": "fit a reward model to preferences, and export it",
-    "evaluate": "score an export on preferences: figures and a report",
-    "serve": "serve an export, or try, promote and roll back what is served",
-    "score": "score a corpus of prompts and responses over the cluster",
+    "train": "train a reward model on preferences, and export it",
+    "evaluate": "evaluate an export on preferences: metrics and a report",
+    "serve": "serve an export; try out, promote and roll back versions",
+    "score": "score a corpus of prompts and responses on the cluster",
     "plan": "plan how many GPUs each part of a PPO run needs",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """What the console script runs: rayrm COMMAND …"""
+    """Run `rayrm COMMAND …`, as the console script does; exit with an error if it is unknown."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(usage())
@@ -31,5 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def usage() -> str:
+    """Return the help text that lists the commands."""
     lines = [f"  {name:10}{meaning}" for name, meaning in COMMANDS.items()]
     return "\n".join(["usage: rayrm COMMAND …; rayrm COMMAND --help", "", *lines])

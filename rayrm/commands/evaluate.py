@@ -1,4 +1,4 @@
-"""rayrm evaluate EXPORT DATA… [--report DIR]"""
+"""Run `rayrm evaluate EXPORT DATA… [--report DIR]`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser = make_parser(prog, "Evaluate an export on preference records.")
     parser.add_argument("export", help="directory, URI or hub name")
     parser.add_argument("data", nargs="+", help="files, globs, directories or hub names")
-    parser.add_argument("--against", metavar="EXPORT", help="another export, side by side")
-    parser.add_argument("--split", default="test", help="of hub datasets (default: test)")
-    parser.add_argument("--json", metavar="FILE", type=local_path, help="write all figures here")
+    parser.add_argument("--against", metavar="EXPORT", help="another export to compare with")
+    parser.add_argument("--split", default="test", help="split of hub datasets (default: test)")
+    parser.add_argument("--json", metavar="FILE", type=local_path, help="write all metrics here")
     parser.add_argument(
-        "--report", metavar="DIR", type=local_path, help="write an HTML page and its pictures here"
+        "--report", metavar="DIR", type=local_path, help="write an HTML page with plots here"
     )
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--max-length", type=int, help="longest row in tokens")
+    parser.add_argument("--max-length", type=int, help="maximum length of a row in tokens")
     parser.add_argument("--overlong", default="truncate", choices=["truncate", "error"])
     parser.add_argument("--on-bad-record", default="error", choices=["error", "skip"])
     args = parser.parse_args(arguments)
     with errors_in_a_line():
-        from rayrm.data.records import read_groups  # only now: torch takes seconds to import
+        from rayrm.data.records import read_groups  # imported here since torch takes seconds
         from rayrm.evaluation.evaluate import score
         from rayrm.evaluation.report import Evaluated, write_report
         from rayrm.model.engine import RewardModel
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 
 
 def table(figures: Sequence[dict[str, Any]]) -> str:
-    """One line per figure, then one per subset and benchmark score; a column per export."""
+    """Format metrics: a row per metric, subset and benchmark score, a column per export."""
     columns = [lines(f) for f in figures]
     names = list(dict.fromkeys(name for column in columns for name in column))
     width = max(map(len, names))
@@ -74,7 +74,7 @@ def table(figures: Sequence[dict[str, Any]]) -> str:
 
 
 def lines(figures: dict[str, Any]) -> dict[str, str]:
-    """An export's figures by the name of their line."""
+    """Return an export's formatted metrics by the name of their row."""
     found = {
         key.replace("_", " "): f"{value:.4g}" if isinstance(value, float) else str(value)
         for key, value in figures.items()

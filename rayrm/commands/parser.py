@@ -1,4 +1,7 @@
-"""One way to parse arguments and to end: --help with every override, an error in one line."""
+"""Parse the commands' arguments: --help lists every override; errors exit with one line.
+
+Does not know about the commands.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from rayrm.errors import RayrmError
 def make_parser(
     prog: str | None, description: str, config: type[BaseModel] | None = None, more: str = ""
 ) -> argparse.ArgumentParser:
-    """A parser whose help ends in `more` and the config's fields, which are given as overrides."""
+    """Return a parser whose help ends with `more` and the fields of `config`, as overrides."""
     fields = f"overrides (default)  meaning:\n{describe(config)}" if config else ""
     return argparse.ArgumentParser(
         prog=prog,
@@ -29,7 +32,7 @@ def make_parser(
 
 @contextmanager
 def errors_in_a_line() -> Iterator[None]:
-    """End the process with what went wrong, and no traceback, where a user can mend it."""
+    """Exit with a one-line message instead of a traceback on a RayrmError."""
     try:
         yield
     except RayrmError as error:

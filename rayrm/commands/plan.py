@@ -1,12 +1,12 @@
-"""How many GPUs for what: policy, critic, rollout workers and reward replicas of a PPO run.
+"""Split the GPUs of a PPO run between learner, rollout workers and reward replicas.
 
     rayrm plan [--gpus 8 32 64] [--score 25000] [--generate 4000] [--train 9000]
 
-Arithmetic on tokens per second and GPU, which you measure: --score by `jobs/bench.py score-grpo`,
---generate and --train in a run of your own. For every split of the GPUs it computes how long a step
-takes when rewards are computed while the next step is sampled, as in jobs/ppo.py, and prints the
-shortest whose parts fit into memory. Knows nothing of networks, of stragglers, or of how a
-framework lays out activations: what it assumes is printed with the plan.
+Computes from throughputs in tokens per second and GPU, which you measure: --score with
+`jobs/bench.py score-grpo`, --generate and --train in your own run. For every split of the GPUs it
+computes the duration of a step if rewards are computed while the next step is sampled, as in
+jobs/ppo.py, and prints the fastest split whose parts fit into memory. Does not know about networks,
+stragglers, or a framework's activation memory; the assumed values are printed with the plan.
 """
 
 from __future__ import annotations
@@ -18,46 +18,46 @@ from dataclasses import dataclass, fields, replace
 
 GB = 1e9
 
-# Bytes a parameter: bf16 weights; and with bf16 gradients, fp32 weights and both moments of Adam.
+# Bytes per parameter: bf16 weights; in training also bf16 gradients, fp32 weights, Adam's moments.
 FROZEN = 2
 TRAINED = 16
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained, on what. Sizes in parameters, lengths in tokens, rates a GPU and second."""
+    """The models, lengths, GPUs and throughputs of a PPO run."""
 
     policy: float = 7e9
-    """Parameters of the policy, and of the critic."""
+    """Number of parameters of the policy, and of the critic."""
     reward: float = 7e9
-    """Parameters of the reward model."""
+    """Number of parameters of the reward model."""
     memory: float = 80.0
-    """GB of a GPU."""
+    """Memory of a GPU in GB."""
     activations: float = 20.0
-    """GB that a learner's GPU needs beside weights and optimizer."""
+    """GB per GPU of the learner for all but weights, gradients and optimizer state."""
     cache: float = 131072.0
-    """Bytes of keys and values a token: 2 · layers · key/value heads · head size · 2."""
+    """Bytes of KV cache per token: 2 · layers · key/value heads · head size · 2."""
     prompts: int = 128
-    """Prompts of a step."""
+    """Prompts per step."""
     responses: int = 8
-    """Responses to each prompt."""
+    """Responses per prompt."""
     prompt: int = 512
-    """Tokens of a prompt."""
+    """Tokens per prompt."""
     response: int = 512
-    """Tokens of a response."""
+    """Tokens per response."""
     epochs: int = 1
-    """Passes of the learner over a step."""
+    """Passes of the learner over the rows of a step."""
     score: float = 25_000.0
-    """Tokens that a replica scores in a second, on one GPU."""
+    """Tokens per second that a reward replica scores, on one GPU."""
     generate: float = 4_000.0
-    """Tokens that a rollout worker samples in a second, on one GPU."""
+    """Tokens per second that a rollout worker samples, on one GPU."""
     train: float = 9_000.0
-    """Tokens that a GPU of the learner trains policy or critic on in a second."""
+    """Tokens per second on which a GPU of the learner trains one model, policy or critic."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """GPUs of each part, and seconds of a step."""
+    """Number of GPUs of each part, and seconds per step of its work."""
 
     learner: int
     rollout: int
@@ -68,20 +68,22 @@ class Split:
 
     @property
     def waiting(self) -> float:
-        """Scoring that sampling does not cover."""
+        """Return the seconds of scoring that do not overlap with sampling."""
         return max(0.0, self.scoring - self.sampling)
 
     @property
     def step(self) -> float:
+        """Return the duration of a step in seconds."""
         return self.sampling + self.waiting + self.learning
 
 
 def best(run: Run, gpus: int) -> Split | None:
-    """The split with the shortest step, of those that fit; None where none does."""
+    """Return the split with the shortest step that fits into memory, None if none fits."""
     return min(splits(run, gpus), key=lambda split: (split.step, split.replicas), default=None)
 
 
 def splits(run: Run, gpus: int) -> Iterator[Split]:
+    """Yield all splits of the GPUs that fit into memory."""
     for replicas in range(1, gpus - 1):
         for rollout in range(1, gpus - replicas):
             learner = gpus - replicas - rollout
@@ -90,7 +92,7 @@ def splits(run: Run, gpus: int) -> Iterator[Split]:
 
 
 def seconds(run: Run, learner: int, rollout: int, replicas: int) -> Split:
-    """Every prompt is scored once for its responses, and trained on once for each of them."""
+    """Return the split with its times. Responses share their prompt in scoring, not in training."""
     rows = run.prompts * run.responses
     scored = run.prompts * (run.prompt + run.responses * run.response)
     trained = 2 * run.epochs * rows * (run.prompt + run.response)  # policy and critic
@@ -105,30 +107,31 @@ def seconds(run: Run, learner: int, rollout: int, replicas: int) -> Split:
 
 
 def fits(run: Run, learner: int, rollout: int) -> bool:
-    """Whether each part's share is within its GPUs' memory."""
+    """Return whether every part fits into the memory of its GPUs."""
     return max(learner_gb(run, learner), rollout_gb(run, rollout), replica_gb(run)) <= run.memory
 
 
 def learner_gb(run: Run, gpus: int) -> float:
-    """Of each GPU: policy and critic under ZeRO-3, the reference beside them."""
+    """Return GB per GPU: policy, critic and frozen reference under ZeRO-3, and activations."""
     return (2 * TRAINED + FROZEN) * run.policy / gpus / GB + run.activations
 
 
 def rollout_gb(run: Run, gpus: int) -> float:
-    """Of each GPU: a policy of its own, and keys and values of its share of the step at once."""
+    """Return GB per GPU: the whole policy, and the KV cache of all its rows of a step."""
     rows = math.ceil(run.prompts / gpus) * run.responses
     return (FROZEN * run.policy + rows * (run.prompt + run.response) * run.cache) / GB
 
 
 def replica_gb(run: Run) -> float:
-    """Weights twice, since a new version is loaded beside the old one, and a pack's activations."""
+    """Return GB per GPU: weights twice, because of hot swaps, and 4 GB for a pack's activations."""
     return 2 * FROZEN * run.reward / GB + 4
 
 
 def describe(run: Run, gpus: int) -> str:
+    """Return the best split as a row of the Markdown table."""
     split = best(run, gpus)
     if split is None:
-        return f"| {gpus} | does not fit: no split leaves every part enough memory |"
+        return f"| {gpus} | does not fit: no split gives every part enough memory |"
     memory = learner_gb(run, split.learner), rollout_gb(run, split.rollout), replica_gb(run)
     return " | ".join(
         [

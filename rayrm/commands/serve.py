@@ -1,4 +1,4 @@
-"""rayrm serve EXPORT [--field value …], or an operation on what is served."""
+"""Run `rayrm serve EXPORT [--field value …]`, or an operation on a running application."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from rayrm.serving.config import ServeConfig
 DESCRIPTION = """Serve an export on the running Ray cluster (RAY_ADDRESS, or this machine's).
 
 Returns when all replicas are ready; without a cluster it starts one here and serves until Ctrl-C.
-Where the application runs, another EXPORT takes over without a pause."""
+If the application is running, EXPORT replaces the served one without downtime."""
 
 OPERATIONS = {
-    "--canary": ("SHARE EXPORT [APP]", "let an export score that share of the callers"),
-    "--shadow": ("EXPORT [APP]", "let it score what the served one has answered"),
-    "--compare": ("[APP]", "print how rewards in the shadow differ"),
-    "--promote": ("[APP]", "let what is on trial score all callers"),
-    "--rollback": ("[APP]", "end the trial, or serve the version before"),
-    "--delete": ("[APP]", "end the application, and forget what it served and tried"),
+    "--canary": ("SHARE EXPORT [APP]", "canary: let EXPORT score that share of the callers"),
+    "--shadow": ("EXPORT [APP]", "shadow: let EXPORT score answered rows, unseen by callers"),
+    "--compare": ("[APP]", "print how the shadow's rewards differ"),
+    "--promote": ("[APP]", "let the version on trial score all callers"),
+    "--rollback": ("[APP]", "end the trial, or serve the previous version"),
+    "--delete": ("[APP]", "end the application, and delete its record"),
 }
 
 
@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 
 
 def serve(words: list[str], prog: str | None) -> None:
+    """Deploy an export; on a cluster that this process starts, serve until Ctrl-C."""
     named = [(f"{flag} {args}", meaning) for flag, (args, meaning) in OPERATIONS.items()]
     operations = "\n".join(f"  {flag:32}{meaning}" for flag, meaning in named)
     parser = make_parser(prog, DESCRIPTION, ServeConfig, f"instead of EXPORT:\n{operations}")
@@ -41,7 +42,7 @@ def serve(words: list[str], prog: str | None) -> None:
     args, overrides = parser.parse_known_args(words)
     config = ServeConfig.load(args.export, overrides)
 
-    import ray  # only now: it takes seconds
+    import ray  # imported here since it takes seconds
 
     from rayrm.serving.locate import locate_export
     from rayrm.serving.operations import delete, deploy
@@ -54,7 +55,7 @@ def serve(words: list[str], prog: str | None) -> None:
         where = f"{config.http.host}:{config.http.port}{config.http.route_prefix.rstrip('/')}"
         print(f"HTTP on http://{where}/score, docs on http://{where}/docs", flush=True)
     node = ray._private.worker._global_node
-    if node is not None and node.is_head():  # the cluster is ours and ends with this process
+    if node is not None and node.is_head():  # this process started the cluster, which ends with it
         print("Ctrl-C stops it", flush=True)
         try:
             signal.pause()
@@ -63,10 +64,10 @@ def serve(words: list[str], prog: str | None) -> None:
 
 
 def operate(verb: str, words: list[str], prog: str | None) -> str:
-    """Operate on an application that runs; what was done, in a line."""
+    """Run an operation on an application; return a message that says what was done."""
     parser = make_parser(f"{prog or 'jobs/serve.py'} {verb}", OPERATIONS[verb][1])
     if verb == "--canary":
-        parser.add_argument("share", type=float, help="of the callers, 0 to 1")
+        parser.add_argument("share", type=float, help="fraction of the callers, 0 to 1")
     if verb in ("--canary", "--shadow"):
         parser.add_argument("export")
     parser.add_argument("app", nargs="?", default="rayrm")

@@ -1,4 +1,4 @@
-"""rayrm train CONFIG.yaml [--section.field value …]"""
+"""Run `rayrm train CONFIG.yaml [--section.field value …]`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from rayrm.training.config import TrainConfig
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser = make_parser(
-        prog, "Train a reward model and export it; the same name resumes.", TrainConfig
+        prog, "Train a reward model and export it; the same name resumes the run.", TrainConfig
     )
     parser.add_argument("config", help="YAML file, for example jobs/configs/quickstart.yaml")
     args, overrides = parser.parse_known_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with errors_in_a_line():
         config = TrainConfig.load(args.config, overrides)
-        from rayrm.training.fit import fit  # only now: torch and Ray take seconds to import
+        from rayrm.training.fit import fit  # here: torch and Ray take seconds to import
 
         result = fit(config)
     print(f"export: {result.export}")

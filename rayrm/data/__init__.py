@@ -1,1 +1,1 @@
-"""Preference records: where they lie, what they hold, and the sample of the quickstart."""
+"""Read and parse preference records, and generate the quickstart's sample."""

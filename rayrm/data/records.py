@@ -1,28 +1,28 @@
-"""Preference records in the field's formats → groups of text.
+"""Parse preference records in the common formats, and merge them into groups of text.
 
-A record's format is told from its columns; each may be text, or one message or a list of them
-(`{"role": …, "content": …}`, MESSAGE_KEYS if they have a value; other keys are reported as
-ignored):
+A record's columns determine its format. Prompt and responses are text, one message or a list of
+messages (`{"role": …, "content": …}` and those of MESSAGE_KEYS that have a value; other keys are
+ignored and reported):
 
-    chosen, rejected               one pair; the prompt is what both begin with (implicit), or
-    prompt, chosen, rejected       is given (explicit); responses may repeat it, also as messages
-                                   where it is text
+    chosen, rejected               one pair; implicit prompt: the messages that both begin with
+    prompt, chosen, rejected       one pair; explicit prompt: responses of messages may repeat it,
+                                   even if it is text
     … rejected is a list           best-of-N: chosen wins against each
     … chosen is a list too         each chosen wins against each rejected; three of each is
-                                   RM-Bench's shape, whose places in the lists are styles
+                                   RM-Bench's shape, in which list positions are styles
     … responses, ranks             K-wise, 1 = best: every strictly ordered pair
     … responses, scores            K-wise, higher = better
 
 Text without a prompt that begins with "\\n\\nHuman:" is hh-rlhf's flat format and becomes messages;
-other text without a prompt stays whole, with the prompt "". Optional columns: `margin`, `label`
-(probability that chosen wins), `subset` (RM-Bench: `domain`) and `tools` (JSON schemas, as a list
-or as its JSON), which hold for the whole record; whether a response ended by itself (true) or was
-cut at the sampler's token limit: `chosen_finished` and `rejected_finished` (lists where those are),
-or `finished` (a list beside `responses`).
+other text without a prompt stays whole, with the prompt "". Optional columns for a whole record:
+`margin`, `label` (probability that chosen wins), `subset` (RM-Bench: `domain`) and `tools` (a list
+of JSON schemas, or that list as a JSON string). `chosen_finished` and `rejected_finished` (lists if
+chosen and rejected are), or `finished` (a list, with `responses`): true if a response is complete,
+false if the sampler's token limit cut it.
 
-A corpus to be scored has one record for each prompt instead: `response`, `responses` or `messages`.
+A corpus to be scored has one record per prompt, with `response`, `responses` or `messages`.
 
-Knows nothing of tokens, templates, configuration or Ray, and holds all groups in memory.
+All groups are held in memory. Does not know about tokens, templates, configuration or Ray.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from typing import Any, Literal
 from rayrm.data.sources import open_sources
 from rayrm.errors import DataError
 
-# Of a message, beside role and content, what a chat template is given. Without a value (null, "",
-# [] or {}, since Parquet gives every message all keys) a key is absent.
+# Keys of a message, besides role and content, that a chat template gets. A key with the value null,
+# "", [] or {} counts as absent, since Parquet gives every message all keys.
 MESSAGE_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 
 Message = dict[str, Any]
-"""role, content (text, or None beside tool_calls) and those of MESSAGE_KEYS that have a value."""
+"""role, content (text, or None if there are tool_calls), those of MESSAGE_KEYS with a value."""
 Tool = dict[str, Any]
 Text = str | list[Message]
 
@@ -58,14 +58,14 @@ _ACCEPTED = (
     "(1 = best) or scores (higher = better); prompt, margin, label, subset and tools are optional"
 )
 
-# Columns and keys of messages without which something other than what was judged is scored.
+# Columns and message keys that are refused: without them, a row would not be the one judged.
 _CONTEXT_COLUMNS = ("functions", "documents", "chat_template_kwargs", "system", "history")
 _MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 _REFUSED_KEYS = {"function_call": "tool_calls", "reasoning": "reasoning_content"}
-# Columns that hold the prompt where text comes without one.
+# Columns that are refused if text has no prompt, since they probably hold it.
 _PROMPT_ALIASES = ("question", "instruction", "query", "input", "context")
 
-# RM-Bench's three styles of chosen and of rejected, from concise to formatted (Liu et al. 2024).
+# Names of RM-Bench's responses, each in three styles from concise to formatted (Liu et al. 2024).
 _STYLED = [f"{column}[{i}]" for column in ("chosen", "rejected") for i in range(3)]
 
 _FLAT_START = "\n\nHuman:"
@@ -75,7 +75,7 @@ _FLAT_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 @dataclass(frozen=True)
 class Preference:
-    """One preferred pair of a group. `chosen` and `rejected` index `Group.responses`."""
+    """One pair of a group; `chosen` and `rejected` are indices into `Group.responses`."""
 
     chosen: int
     rejected: int
@@ -83,51 +83,52 @@ class Preference:
     label: float = 1.0
     """Probability that chosen wins, in [0, 1]."""
     choice: int = 0
-    """Equal, within the group, for the pairs in which one record puts `chosen` above others."""
+    """Number, unique within the group, that is shared by a record's pairs with the same chosen."""
     styles: tuple[int, int] | None = None
-    """RM-Bench's styles of chosen and rejected, 0 to 2; None in data of another shape."""
+    """RM-Bench's styles of chosen and rejected, 0 to 2; None for data of another shape."""
     tie: bool = False
-    """The two were judged equal, so that neither is chosen: label is a half."""
+    """The two responses were judged equal: neither is preferred, and label is 0.5."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt, the distinct responses to it, and the preferences over them."""
+    """One prompt, the distinct responses to it, and the preferences between them."""
 
     prompt: Text
-    """"" or [] where the records carry no prompt."""
+    """"" or [] if the records have no prompt."""
     responses: list[Text]
-    """All text or all messages, as the prompt is. Each takes part in a preference."""
+    """All text or all messages, like the prompt. Each is part of a preference."""
     preferences: list[Preference]
     finished: list[bool]
-    """Per response; false = cut at the sampler's token limit."""
+    """Per response; False: cut at the sampler's token limit."""
     subset: str
     source: str
-    """"file:row" of the first record, rows counted from 1. For messages to people only."""
+    """"file:row" of the first record, rows counted from 1. Only for log and error messages."""
     tools: list[Tool] | None = None
-    """What the prompt says can be called."""
+    """JSON schemas of the tools that the prompt offers."""
 
 
 @dataclass
 class ReadReport:
-    """What became of every record."""
+    """Counts of what was read, merged, dropped, skipped and ignored."""
 
     records: int = 0
     groups: int = 0
     pairs: int = 0
-    """Preferences in the groups."""
+    """Preferences in all groups."""
     merged: int = 0
-    """Records that joined the group of an earlier one."""
+    """Records that were added to the group of an earlier record."""
     ties: int = 0
-    """Pairs of equal rank or identical responses: no preference, unless ties are asked for."""
+    """Pairs of equal rank, which are preferences only with read_groups(ties=True), and pairs of
+    identical responses, which never are."""
     dropped: int = 0
-    """Groups left without a preference because all their pairs are ties."""
+    """Groups dropped because all their pairs are ties."""
     bad: list[str] = field(default_factory=list)
-    """One message for each record that was skipped."""
+    """One error message per skipped record."""
     ignored_columns: list[str] = field(default_factory=list)
-    """Columns with values that mean nothing here; `message.KEY` is a key of a message."""
+    """Unknown columns that have values; `message.KEY` is a key of a message."""
     ignored_files: list[str] = field(default_factory=list)
-    """Found by a glob or in a directory, but not read: of another kind, or another split."""
+    """Files matched by a glob or found in a directory, but not read: another type or split."""
 
     def __str__(self) -> str:
         parts = [f"{self.records} records: {self.groups} groups, {self.pairs} pairs"]
@@ -151,24 +152,24 @@ def read_groups(
     on_bad_record: Literal["error", "skip"] = "error",
     ties: bool = False,
 ) -> tuple[list[Group], ReadReport]:
-    """Read preference records and merge those with one prompt (and subset) into groups.
+    """Read preference records and merge those with equal prompt, subset and tools into groups.
 
     Args:
         paths: Each a .json or .jsonl file (.gz too), .parquet, .arrow, a directory written by
             `Dataset.save_to_disk`, a directory of such files (recursively, in sorted order), a
-            glob, or a dataset on the hub: OWNER/NAME[/CONFIGURATION][@SPLIT], behind "hub:" if a
-            local path has that name too.
-        split: The split of a hub dataset whose name has none and of a saved `DatasetDict`; in a
-            directory whose file names tell several splits, the files of this one.
-        on_bad_record: `skip` keeps the error's message in the report and reads on.
-        ties: Two different responses of equal rank or score are a preference too, a `tie`.
+            glob, or a hub dataset: OWNER/NAME[/CONFIGURATION][@SPLIT], prefixed with "hub:" if a
+            local path has the same name.
+        split: Split to read from a hub dataset named without a split, from a saved `DatasetDict`,
+            and from a directory whose file names indicate several splits.
+        on_bad_record: `skip` adds the error message to the report and continues.
+        ties: Also make a preference, a `tie`, of two different responses of equal rank or score.
 
     Returns:
-        The groups, in order of first appearance, and what became of every record.
+        The groups, in order of first appearance, and the report.
 
     Raises:
-        DataError: Nothing at a path, an unreadable or empty file, a bad record (file, row, field),
-            or no preference at all. Rows count from 1: lines in JSON Lines, else records.
+        DataError: Nothing at a path, an unreadable or empty file, a bad record (names file, row and
+            field), or no preference at all. Rows count from 1: lines in JSON Lines, else records.
     """
     report = ReadReport()
     ignored: set[str] = set()
@@ -189,7 +190,7 @@ def read_groups(
                     raise DataError(message) from None
                 report.bad.append(message)
         if report.records == before:
-            raise DataError(f"{name}: no records in it; {_ACCEPTED}.")
+            raise DataError(f"{name}: no records; {_ACCEPTED}.")
     groups = merger.finish()
     report.ignored_columns = sorted(ignored)
     if not groups:
@@ -200,30 +201,30 @@ def read_groups(
 
 @dataclass(frozen=True)
 class Sampled:
-    """A prompt and the responses to it that nobody has judged; one that is none holds its error."""
+    """A prompt and unjudged responses to it; an invalid response is replaced by its DataError."""
 
     prompt: Text
     responses: list[Text | DataError]
     finished: list[bool]
-    """Per response; false = cut at the sampler's token limit."""
+    """Per response; False: cut at the sampler's token limit."""
     tools: list[Tool] | None = None
     ignored: frozenset[str] = frozenset()
-    """`message.KEY` of every key of messages that means nothing here."""
+    """`message.KEY` for every unknown key of messages."""
 
 
 def read_sampled(value: Any) -> Sampled:
-    """A record to be scored: prompt and response, prompt and responses (a list), or messages.
+    """Parse a record to score: prompt and response, prompt and responses (a list), or messages.
 
-    The last of the messages is the response. Optional: `tools`; `finished`, a list beside
-    responses. Raises DataError, which names the field.
+    The last message is the response. Optional: `tools` and `finished` (a list if responses are
+    given). Raises DataError, which names the field.
     """
     record = _record(value)
     found = record.keys() & _SAMPLED_COLUMNS
     if len(found) != 1 or ("messages" in found and "prompt" in record):
         columns = ", ".join(record) or "none"
         raise DataError(
-            "the record has none, or too many, of: prompt and response, prompt and responses (a "
-            f"list), messages (found: {columns})."
+            "the record must have exactly one of: prompt and response; prompt and responses (a "
+            f"list); messages (found: {columns})."
         )
     (column,) = found
     raw, tools, ignored = record[column], _tools(record), set[str]()
@@ -261,9 +262,9 @@ def _text_or_error(name: str, raw: Any, ignored: set[str]) -> Text | DataError:
 
 
 def data_fingerprint(groups: Sequence[Group]) -> str:
-    """SHA-256 (hex) of the groups' content and order; file names and choices do not enter it.
+    """Return the SHA-256 (hex) of the groups' content and order, without file names and choices.
 
-    The same as before there were keys of messages, tools and ties, where there are none.
+    Groups without message keys, tools and ties have the fingerprint that older versions gave them.
     """
     digest = hashlib.sha256()
     for group in groups:
@@ -280,7 +281,7 @@ def data_fingerprint(groups: Sequence[Group]) -> str:
 
 
 def _in_order(text: Text) -> Text:
-    """With tool calls as JSON, whose order of keys a template renders."""
+    """Replace tool calls by their JSON, to keep the order of keys, which a template renders."""
     if isinstance(text, str):
         return text
     return [
@@ -293,7 +294,7 @@ def _in_order(text: Text) -> Text:
 
 @dataclass(frozen=True)
 class _Record:
-    """A record of any format. Pairs are (better, worse), ties equal indices into responses."""
+    """A record of any format; pairs (better, worse) and ties are indices into responses."""
 
     prompt: Text
     responses: list[Text]
@@ -309,7 +310,7 @@ class _Record:
 
 
 class _Merger:
-    """Collects records into groups and counts what it merges and drops."""
+    """Merges records into groups, and counts what it merges and drops in the report."""
 
     def __init__(self, report: ReadReport, keeps_ties: bool) -> None:
         self._report = report
@@ -317,9 +318,9 @@ class _Merger:
         self._groups: dict[Hashable, tuple[Group, dict[Hashable, int]]] = {}
 
     def add(self, record: _Record, source: str) -> None:
-        # Without a prompt there is no telling that two records answer the same one.
-        asked = (record.subset, _frozen(record.prompt), json.dumps(record.tools))
-        key: Hashable = asked if record.prompt else source
+        # Records without a prompt are not merged, since they may answer different prompts.
+        prompt_key = (record.subset, _frozen(record.prompt), json.dumps(record.tools))
+        key: Hashable = prompt_key if record.prompt else source
         if key in self._groups:
             self._report.merged += 1
         else:
@@ -336,7 +337,7 @@ class _Merger:
                 places[keys[i]] = len(group.responses)
                 group.responses.append(record.responses[i])
                 group.finished.append(record.finished[i])
-        # Numbered by where its first pair stands in the group.
+        # A choice has the index of its first preference in the group.
         choices: dict[int, int] = {}
         for better, worse in pairs:
             choice = choices.setdefault(better, len(group.preferences))
@@ -352,11 +353,11 @@ class _Merger:
             )
         for a, b in ties:
             choice = len(group.preferences)
-            ends = places[keys[a]], places[keys[b]]
-            group.preferences.append(Preference(*ends, label=0.5, choice=choice, tie=True))
+            tied = places[keys[a]], places[keys[b]]
+            group.preferences.append(Preference(*tied, label=0.5, choice=choice, tie=True))
 
     def finish(self) -> list[Group]:
-        """The groups that have a preference; completes the report."""
+        """Return the groups that have a preference, and complete the report."""
         groups = [group for group, _ in self._groups.values() if group.preferences]
         self._report.groups = len(groups)
         self._report.pairs = sum(len(group.preferences) for group in groups)
@@ -378,7 +379,10 @@ def _frozen_message(message: Message) -> Hashable:
 
 
 def _parse(value: Any, ignored: set[str]) -> _Record:
-    """The record in `value`, or a DataError that names the field. Adds to `ignored`."""
+    """Return the record in `value`, and add its unknown columns and message keys to `ignored`.
+
+    Raises DataError, which names the field.
+    """
     record = _record(value)
     if _is_list_of_responses(record.get("chosen")) and "subset" not in record:
         record["subset"] = record.pop("domain", "")
@@ -391,7 +395,7 @@ def _parse(value: Any, ignored: set[str]) -> _Record:
         named, finished, pairs, ties = _ranking(record)
     else:
         found = ", ".join(record) or "none"
-        raise DataError(f"the columns tell no format (found: {found}); {_ACCEPTED}.")
+        raise DataError(f"the columns match no format (found: {found}); {_ACCEPTED}.")
 
     prompt, responses = _prompt_and_responses(record.get("prompt"), named, ignored)
     if prompt == "":
@@ -414,24 +418,27 @@ def _parse(value: Any, ignored: set[str]) -> _Record:
 
 
 def _record(value: Any) -> dict[str, Any]:
-    """The columns that have a value; DataError where there is no record or one that is more."""
+    """Return the columns that have a value.
+
+    Raises DataError if `value` is no object, could not be decoded, or has a refused column.
+    """
     if isinstance(value, DataError):
         raise value
     if not isinstance(value, dict):
         raise DataError(f"the record is {_kind(value)}, not an object.")
-    # In mixed files `datasets` fills the columns that a record lacks with None.
+    # `datasets` fills the columns that a record lacks with None.
     record = {column: entry for column, entry in value.items() if entry is not None}
     _refuse(record, _CONTEXT_COLUMNS + _MEDIA_COLUMNS, "put it into the prompt as text")
     return record
 
 
 _Judged = tuple[list[tuple[str, Any]], list[bool], list[tuple[int, int]], list[tuple[int, int]]]
-"""Responses with the field each came from, finished, (better, worse) pairs, ties."""
+"""Responses as (field, response), finished flags, (better, worse) pairs, ties."""
 
 
 def _pair(record: dict[str, Any]) -> _Judged:
     if "finished" in record:
-        raise DataError("`finished` goes with responses; use chosen_finished, rejected_finished.")
+        raise DataError("`finished` is for responses; use chosen_finished, rejected_finished.")
     chosen, chosen_finished = _side(record, "chosen")
     rejected, rejected_finished = _side(record, "rejected")
     pairs = [(i, len(chosen) + j) for i in range(len(chosen)) for j in range(len(rejected))]
@@ -439,7 +446,7 @@ def _pair(record: dict[str, Any]) -> _Judged:
 
 
 def _side(record: dict[str, Any], column: str) -> tuple[list[tuple[str, Any]], list[bool]]:
-    """The responses of `chosen` or `rejected`, one or a list, with their fields, and finished."""
+    """Return the one or several responses of a column as (field, response), and their flags."""
     value, flags = record[column], f"{column}_finished"
     if _is_list_of_responses(value):
         named = [(f"{column}[{i}]", response) for i, response in enumerate(value)]
@@ -448,20 +455,20 @@ def _side(record: dict[str, Any], column: str) -> tuple[list[tuple[str, Any]], l
 
 
 def _is_list_of_responses(value: Any) -> bool:
-    """Rather than one response: text, or the messages of a conversation."""
+    """Return whether it is several responses, not one (text, or the messages of one)."""
     return isinstance(value, list) and bool(value) and not isinstance(value[0], dict)
 
 
 def _ranking(record: dict[str, Any]) -> _Judged:
     if misplaced := sorted(record.keys() & _PAIR_FLAGS):
-        raise DataError(f"`{misplaced[0]}` goes with chosen and rejected; use finished.")
+        raise DataError(f"`{misplaced[0]}` is for chosen and rejected; use finished.")
     responses = record["responses"]
     if not isinstance(responses, list) or len(responses) < 2:
         raise DataError("`responses` must be a list of at least two responses.")
     column, sign = ("ranks", -1.0) if "ranks" in record else ("scores", 1.0)
     values = record[column]
     if not isinstance(values, list) or len(values) != len(responses):
-        raise DataError(f"`{column}` must be a list of {len(responses)} numbers, as `responses`.")
+        raise DataError(f"`{column}` must be a list of {len(responses)} numbers, one per response.")
     quality = [sign * _number(f"{column}[{i}]", value) for i, value in enumerate(values)]
     pairs = [
         (i, j) if quality[i] > quality[j] else (j, i)
@@ -477,7 +484,10 @@ def _ranking(record: dict[str, Any]) -> _Judged:
 def _prompt_and_responses(
     raw_prompt: Any, named: list[tuple[str, Any]], ignored: set[str]
 ) -> tuple[Text, list[Text]]:
-    """Check, clean and, where the prompt is implicit, separate. `named` is (field, response)."""
+    """Check prompt and responses, and split off an implicit or repeated prompt.
+
+    named: (field, response) pairs.
+    """
     texts = {name: _text(name, raw, ignored) for name, raw in named}
     prompt = None if raw_prompt is None else _text("prompt", raw_prompt, ignored)
     if prompt is None and any(
@@ -501,8 +511,8 @@ def _prompt_and_responses(
     for name, text in others:
         if isinstance(text, str) != isinstance(example, str):
             raise DataError(
-                f"`{first_name}` is {_kind(example)} but `{name}` is {_kind(text)}; a record is "
-                'all text or all messages ([{"role": "assistant", "content": …}]).'
+                f"`{first_name}` is {_kind(example)} but `{name}` is {_kind(text)}; a record must "
+                'be all text or all messages ([{"role": "assistant", "content": …}]).'
             )
     return prompt if prompt is not None else "", list(texts.values())
 
@@ -510,45 +520,47 @@ def _prompt_and_responses(
 def _check_response(name: str, text: Text) -> None:
     last = text if isinstance(text, str) else text[-1]["content"] or "" if text else ""
     if not last.strip() and not (text and isinstance(text, list) and len(text[-1]) > 2):
-        raise DataError(f"`{name}` is empty; a response has something to score.")
+        raise DataError(f"`{name}` is empty; there is nothing to score.")
     if isinstance(text, list) and text[-1]["role"] != "assistant":
         role = text[-1]["role"]
-        raise DataError(f"`{name}` ends in a {role!r} message; must end in an assistant's.")
+        raise DataError(f"`{name}` ends in a {role!r} message; must end in an assistant message.")
 
 
 def _without_repetition(
     prompt: Text, responses: dict[str, list[Message]]
 ) -> tuple[list[Message], dict[str, list[Message]]]:
-    """The prompt as messages, and what of the responses, by field, follows it."""
+    """Return the prompt as messages, and the responses without it, by field."""
     if isinstance(prompt, str):
         prompt = _as_messages(prompt, responses)
     n = len(prompt)
     rest = {name: text[n:] if text[:n] == prompt else text for name, text in responses.items()}
     if repetition := [name for name, text in rest.items() if not text]:
-        raise DataError(f"`{repetition[0]}` is the prompt alone; a response follows it.")
+        raise DataError(f"`{repetition[0]}` is the prompt alone; a response must follow it.")
     return prompt, rest
 
 
 def _as_messages(prompt: str, responses: dict[str, list[Message]]) -> list[Message]:
-    """What all responses begin with, if a user says the prompt there; or the prompt, said by one.
+    """Return a text prompt as messages.
 
-    Raises DataError where the responses neither repeat the prompt nor begin with an answer to it.
+    These are the messages that all responses begin with, if the prompt is a user message there, or
+    else one user message. Raises DataError if the responses neither repeat the prompt nor all begin
+    with an assistant message.
     """
     (name, first), *_ = responses.items()
     shared = first[: _shared_messages(list(responses.values()))]
-    said = [m["content"] for m in shared if m["role"] == "user" and m["content"]]
-    if any(content.strip() == prompt.strip() for content in said):
+    of_user = [m["content"] for m in shared if m["role"] == "user" and m["content"]]
+    if any(content.strip() == prompt.strip() for content in of_user):
         return shared
     if all(messages[0]["role"] == "assistant" for messages in responses.values()):
         return [{"role": "user", "content": prompt}]
     raise DataError(
-        f"`prompt` is text, but the messages of `{name}` neither repeat it as a user's, which all "
-        "responses share, nor begin with an assistant's; give the prompt as messages."
+        f"`prompt` is text, but the messages of `{name}` neither repeat it in a user message that "
+        "all responses share, nor begin with an assistant message; give the prompt as messages."
     )
 
 
 def _shared_messages(conversations: list[list[Message]]) -> int:
-    """Number of leading messages that all share, leaving each at least its last."""
+    """Return the number of leading messages that all share; each keeps at least its last."""
     shortest = min(map(len, conversations)) - 1
     first = conversations[0]
     return next(
@@ -557,12 +569,12 @@ def _shared_messages(conversations: list[list[Message]]) -> int:
 
 
 def _flat_turns(name: str, text: Text) -> list[Message]:
-    """hh-rlhf's flat text as messages, their contents stripped."""
+    """Return hh-rlhf's flat text as messages, with stripped contents."""
     before, *turns = _FLAT_TURN.split(text) if isinstance(text, str) else [""]
     if before or not turns or turns[-2] != "Assistant":
         raise DataError(
             f'`{name}` must begin with "\\n\\nHuman:" and end in an "\\n\\nAssistant:" turn, '
-            "as another response of the record begins so."
+            "since another response of the record begins like that."
         )
     return [
         {"role": _FLAT_ROLES[speaker], "content": content.strip()}
@@ -637,7 +649,7 @@ def _is_absent(value: Any) -> bool:
 
 
 def _check_objects(name: str, value: Any) -> None:
-    """Raises DataError unless it is a list of objects that JSON and a tokenizer can hold."""
+    """Raise DataError unless it is a list of objects that JSON and UTF-8 can encode."""
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         raise DataError(f"`{name}` is {_kind(value)}; must be a list of objects.")
     try:
@@ -647,7 +659,7 @@ def _check_objects(name: str, value: Any) -> None:
 
 
 def _unicode(name: str, text: str) -> str:
-    # JSON can hold half an emoji ("\ud83d"), which no tokenizer takes.
+    # JSON can contain a lone surrogate (half an emoji: "\ud83d"), which no tokenizer accepts.
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,15 +1,15 @@
-"""The sample preferences of the quickstart: short questions, graded responses, noisy labels.
+"""Generate the quickstart's sample preferences: short questions, graded responses, noisy labels.
 
-Every question makes two demands (a capital, and the one of France; fruits, and three of them), and
-the quality of a response is the number of demands that it meets: 0, 1 or 2. A question comes with
-four responses, of qualities 2, 1, 1 and 0; each two of unequal quality are a record, whose label is
-drawn from a Bradley-Terry model over the qualities.
+Every question makes two demands (a capital, and that of France; fruits, and three of them), and the
+quality of a response is the number of demands that it meets: 0, 1 or 2. A question has four
+responses, of qualities 2, 1, 1 and 0. Each pair of unequal quality is a record, with chosen and
+rejected drawn from a Bradley-Terry model of the qualities.
 
-The words of a response say nothing without its prompt: what is wrong here is right elsewhere, as
-often and in the same frames. Held-out questions are about entities that training never shows, in
-phrasings that it never shows, so all there is to go by is what the base model knew.
+A response alone does not reveal its quality: what is wrong for one prompt is right for others, as
+often and in the same frames. Held-out questions use entities and phrasings that do not occur in
+training, so only the base model's own knowledge answers them.
 
-Knows nothing of tokenizers, of models, or of how records become groups.
+Does not know about tokenizers, models, or how records become groups.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ Record = dict[str, Any]
 Split = Literal["train", "test"]
 Demand = Callable[[str], bool]
 
-# Log-odds that a response wins against one that meets one demand less.
+# Log-odds that a response is chosen over one that meets one demand less.
 GAP = 3.2
-# Share of every bank of facts that is left to the test split.
+# Fraction of every bank of facts that is reserved for the test split.
 HELD_OUT = 0.25
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, what it demands of a response, and four responses of qualities 2, 1, 1 and 0."""
+    """A prompt, its two demands on a response, and four responses of qualities 2, 1, 1 and 0."""
 
     skill: str
     prompt: str
@@ -47,20 +47,20 @@ class Question:
     responses: tuple[str, ...]
 
     def quality(self, response: str) -> int:
-        """Number of demands that ``response`` meets: 0, 1 or 2. Any text can be judged."""
+        """Return the number of demands that ``response`` (any text) meets: 0, 1 or 2."""
         return sum(demand(response) for demand in self.demands)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the questions of one split are about. No entity is in the facts of both splits."""
+    """The facts that the questions of one split use; the two splits share no entity."""
 
     split: Split
-    # skill → what is asked and its answer
+    # skill → (what is asked, its answer)
     pairs: dict[str, list[tuple[str, str]]]
-    # singular, plural, members
+    # (singular, plural, members)
     categories: list[tuple[str, str, list[str]]]
-    # infinitive, past, participle
+    # (infinitive, past, participle)
     verbs: list[tuple[str, str, str]]
     objects: list[str]
 
@@ -77,7 +77,7 @@ def write_sample(
 
 
 def generate(seed: int, train_groups: int, test_groups: int) -> tuple[list[Record], list[Record]]:
-    """Training and held-out records, five for each group (prompt), grouped and in order.
+    """Return training and held-out records, five per prompt; those of a prompt are adjacent.
 
     Records are in TRL's conversational preference format, with the skill as ``subset``.
     """
@@ -96,7 +96,10 @@ def generate(seed: int, train_groups: int, test_groups: int) -> tuple[list[Recor
 
 
 def questions(seed: int, split: Split, count: int) -> list[Question]:
-    """``count`` questions with different prompts, the skills in turn."""
+    """Return ``count`` questions with different prompts, alternating between the skills.
+
+    Raises ConfigError if there are not that many prompts.
+    """
     rng = random.Random(f"{seed} {split}")
     facts = split_facts(seed)[split]
     asked: dict[str, Question] = {}
@@ -107,14 +110,14 @@ def questions(seed: int, split: Split, count: int) -> list[Question]:
         if misses == 1000:
             raise ConfigError(
                 f"{count} {split} groups are more than the sample has prompts for: "
-                f"{question.skill} ran out after {len(asked)}"
+                f"skill {question.skill!r} ran out after {len(asked)} groups"
             )
         asked.setdefault(question.prompt, question)
     return list(asked.values())
 
 
 def preference(better: int, worse: int) -> float:
-    """Bradley-Terry probability that a response of quality ``better`` is the chosen one."""
+    """Return the Bradley-Terry probability that quality ``better`` is chosen over ``worse``."""
     return 1 / (1 + math.exp(-GAP * (better - worse)))
 
 
@@ -137,10 +140,10 @@ def _records(seed: int, question: Question) -> list[Record]:
 
 
 def baseline_accuracy(train: list[Record], test: list[Record]) -> float:
-    """Held-out accuracy of what needs no prompt: words, pairs of words and length.
+    """Return the held-out accuracy of a classifier that does not see the prompt.
 
-    A logistic regression on the difference between the counts of the chosen and of the rejected
-    response. A pair that it cannot tell apart counts one half.
+    It is a logistic regression on the difference of chosen and rejected in counts of words, of
+    pairs of words, and in length. A pair with equal scores counts as half correct.
     """
     import numpy as np
     from sklearn.feature_extraction import DictVectorizer
@@ -154,7 +157,7 @@ def baseline_accuracy(train: list[Record], test: list[Record]) -> float:
     vectorizer = DictVectorizer()
     features = vectorizer.fit_transform(map(difference, train))
     labels = np.arange(len(train)) % 2
-    # Half of the pairs are turned round, or there would be one class.
+    # Every other pair is swapped, since the regression needs two classes.
     model = LogisticRegression(fit_intercept=False, max_iter=1000)
     model.fit(features.multiply(2 * labels[:, None] - 1).tocsr(), labels)
     margins = model.decision_function(vectorizer.transform(map(difference, test)))
@@ -173,7 +176,10 @@ def _counts(response: str) -> Counter[str]:
 
 
 def ask_fact(skill: str, rng: random.Random, facts: Facts) -> Question:
-    """A capital, an opposite or a definition: right, two right elsewhere, one of another skill."""
+    """Ask for a capital, an opposite or a definition.
+
+    Responses: right, right for another question of the skill (two), right for another skill.
+    """
     (asked, right), (_, wrong), (_, wrong_too) = rng.sample(facts.pairs[skill], 3)
     other_skill = rng.choice([other for other in facts.pairs if other != skill])
     _, stray = rng.choice(facts.pairs[other_skill])
@@ -186,7 +192,7 @@ def ask_fact(skill: str, rng: random.Random, facts: Facts) -> Question:
 
 
 def ask_choice(rng: random.Random, facts: Facts) -> Question:
-    """Pick the member of a category: listed or not, a member or not."""
+    """Ask for the member of a category in a list. Responses: in the list or not, member or not."""
     (kind, _, members), *others = rng.sample(facts.categories, 4)
     right, unlisted = rng.sample(members, 2)
     wrong, wrong_too, neither = (rng.choice(strangers) for _, _, strangers in others)
@@ -201,7 +207,7 @@ def ask_choice(rng: random.Random, facts: Facts) -> Question:
 
 
 def ask_list(rng: random.Random, facts: Facts) -> Question:
-    """A number of things of a category: of the category or not, as many or not."""
+    """Ask for N members of a category. Responses: members or not, N of them or not."""
     (_, kinds, members), (_, _, strangers) = rng.sample(facts.categories, 2)
     (number, right), (_, wrong) = rng.sample(
         [("two", 2), ("three", 3), ("four", 4), ("five", 5)], 2
@@ -217,7 +223,7 @@ def ask_list(rng: random.Random, facts: Facts) -> Question:
 
 
 def ask_form(rng: random.Random, facts: Facts) -> Question:
-    """A form of a verb: of that verb or not, in that form or not."""
+    """Ask for a form of a verb. Responses: of that verb or not, in that form or not."""
     verb, other = rng.sample(facts.verbs, 2)
     (form, skill), (wrong_form, _) = rng.sample([(1, "past"), (2, "participle")], 2)
     return Question(
@@ -229,7 +235,7 @@ def ask_form(rng: random.Random, facts: Facts) -> Question:
 
 
 def ask_sentence(rng: random.Random, facts: Facts) -> Question:
-    """A kind of sentence with a word in it: with that word or not, of that kind or not."""
+    """Ask for a kind of sentence with a word. Responses: that word or not, that kind or not."""
     thing, other = rng.sample(facts.objects, 2)
     kind, wrong_kind = rng.sample(sorted(SENTENCES), 2)
     mark, prompts, _ = SENTENCES[kind]
@@ -243,7 +249,7 @@ def ask_sentence(rng: random.Random, facts: Facts) -> Question:
 
 
 def ask_format(rng: random.Random, facts: Facts) -> Question:
-    """Two words in a format: those words or not, that format or not."""
+    """Ask for two words in a format. Responses: those words or not, that format or not."""
     first, second, *others = rng.sample(facts.objects, 4)
     right, wrong = rng.sample(sorted(FORMATS), 2)
     look, pattern, prompts = FORMATS[right]
@@ -269,7 +275,7 @@ SKILLS: Sequence[Callable[[random.Random, Facts], Question]] = (
 
 
 def _mentions(words: Iterable[str]) -> Demand:
-    """Demand one of ``words``, whole and in any case."""
+    """Return the demand for at least one of ``words``, as a whole word, ignoring case."""
     pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
     return lambda response: bool(pattern.search(response))
 
@@ -286,7 +292,7 @@ def _framed(rng: random.Random, facts: Facts, *answers: str) -> tuple[str, ...]:
 
 
 def split_facts(seed: int) -> dict[Split, Facts]:
-    """Deal every bank out to the splits."""
+    """Divide the entries of every bank between the two splits."""
     rng = random.Random(f"{seed} facts")
     banks = {}
     for name, text in BANKS.items():
@@ -395,7 +401,7 @@ PHRASINGS: dict[str, dict[Split, tuple[str, ...]]] = {
     },
 }
 
-# what an answer is wrapped in
+# sentences around an answer
 FRAMES: dict[Split, tuple[str, ...]] = {
     "train": ("{}", "{}.", "It is {}.", "The answer is {}."),
     "test": ("That is {}.", "I would say {}.", "My answer: {}."),
@@ -405,7 +411,7 @@ LIST_FRAMES: dict[Split, tuple[str, ...]] = {
     "test": ("Here you go: {}.", "My list: {}"),
 }
 
-# kind of sentence → its mark, prompts, responses
+# kind of sentence → (final punctuation mark, prompts, responses)
 SENTENCES: dict[str, tuple[str, dict[Split, tuple[str, ...]], dict[Split, tuple[str, ...]]]] = {
     "question": (
         "?",
@@ -473,7 +479,7 @@ SENTENCES: dict[str, tuple[str, dict[Split, tuple[str, ...]], dict[Split, tuple[
     ),
 }
 
-# format → how two words look in it, how it is recognised, prompts
+# format → (function that formats two words, pattern that recognises it, prompts)
 FORMATS: dict[str, tuple[Callable[..., str], str, dict[Split, tuple[str, ...]]]] = {
     "capitals": (
         lambda a, b: f"{a}, {b}".upper(),

@@ -1,12 +1,12 @@
-"""Paths, globs, directories and hub names → the raw records in them, with their row numbers.
+"""Read raw records, with row numbers, from files, globs, directories and hub datasets.
 
-A dataset on the hub is OWNER/NAME, /CONFIGURATION behind it where it has several and @SPLIT where
-the reader's own is not meant: org/prefs/en@train_prefs. (Old names without an owner have no
-configuration: imdb@test.) A local path of that name goes first; "hub:" in front says that none is
-meant, and allows slices: hub:org/prefs@train[:100].
+A hub dataset is OWNER/NAME[/CONFIGURATION][@SPLIT], for example org/prefs/en@train_prefs; the split
+defaults to the caller's. (Old names without an owner have no configuration: imdb@test.) A local
+path of the same name takes precedence, unless the name has the prefix "hub:", which also allows
+slices: hub:org/prefs@train[:100].
 
-JSON is read as it is; Parquet and Arrow, saved datasets and the hub through `datasets`. Knows
-nothing of what a record means.
+JSON is read directly; Parquet, Arrow, saved datasets and the hub through `datasets`. Does not know
+what a record means.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from rayrm.config import local_path
 from rayrm.errors import DataError
 
-# `datasets` is imported where it is called, since a client imports this through rows.py too.
+# `datasets` is imported only when it is needed, since clients import this module through rows.py.
 
 _JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 _ARROW_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
@@ -34,25 +34,25 @@ _HUB_NAME = re.compile(
     rf"(?P<name>{_HUB_PART}(/{_HUB_PART})?)(/(?P<configuration>[\w.-]+))?(@(?P<split>[\w.:%+[\]-]+))?"
 )
 
-# Columns, and keys of messages, whose objects are of a kind each: arguments, and their schemas.
+# Columns and message keys whose objects differ in their keys: schemas and arguments of tools.
 _SCHEMALESS = ("tools", "tool_calls")
 
-# The words that `datasets` takes for a split in the names of a directory's files.
+# Words in file names that indicate a split, as in `datasets`.
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 
-# A corpus that is being scored into OUT has its parts in a directory OUT.parts, and its run there.
+# Scoring a corpus into OUT writes its parts and the record of the run, RUN, to OUT.parts.
 PARTS, RUN = ".parts", "run.json"
 
 Rows = Iterable[tuple[int, Any]]
-"""(row, record); a row that could not be decoded holds its DataError."""
+"""(row number, record); a record that could not be decoded is a DataError."""
 
 
 def absolute(path: str) -> str:
-    """A local path or glob from this process's directory, for others to open; hub names stay."""
+    """Return a local path or glob as absolute, for other processes; hub names stay unchanged."""
     here = local_path(path)
     if path.startswith(_HUB):
         return path
@@ -62,7 +62,11 @@ def absolute(path: str) -> str:
 
 
 def open_sources(path: str, split: str, ignored: list[str]) -> list[tuple[str, Rows]]:
-    """What `path` names, as (name, rows) in reading order. Adds files it passes by to `ignored`."""
+    """Return the sources at `path` as (name, rows), in reading order.
+
+    split: what to read if the path names no split. Adds files that it skips to `ignored`. Raises
+    DataError if there is nothing to read.
+    """
     here = local_path(path)
     if path.startswith(_HUB):
         if not (named := _HUB_NAME.fullmatch(path.removeprefix(_HUB))):
@@ -72,7 +76,7 @@ def open_sources(path: str, split: str, ignored: list[str]) -> list[tuple[str, R
         files = _directory(here, split, ignored)
     elif here.exists():
         if not _readable(here):
-            raise DataError(f"{here.resolve()}: unknown kind of file; known: {_SUFFIXES}.")
+            raise DataError(f"{here.resolve()}: unknown file type; known: {_SUFFIXES}.")
         files = [here]
     elif has_magic(path):
         matches = [Path(match) for match in sorted(glob(str(here), recursive=True))]
@@ -83,7 +87,7 @@ def open_sources(path: str, split: str, ignored: list[str]) -> list[tuple[str, R
             if match not in files and not any(match in file.parents for file in files)
         ]
         if not files:
-            raise DataError(f"{here.absolute()}: no file of {_SUFFIXES} matches this pattern.")
+            raise DataError(f"{here.absolute()}: no file of type {_SUFFIXES} matches this pattern.")
     elif (named := _HUB_NAME.fullmatch(path)) and not _readable(here):
         return [(path, _hub_rows(path, named, split))]
     else:
@@ -102,7 +106,7 @@ def _is_saved_dataset(path: Path) -> bool:
 
 
 def _directory(directory: Path, split: str, ignored: list[str]) -> list[Path]:
-    """A directory's files; of one split where their names tell several."""
+    """Return a directory's files; only those of `split` if file names indicate several splits."""
     found = {
         path: _split_in_name(path.relative_to(directory)) for path in _walk(directory, ignored)
     }
@@ -110,13 +114,13 @@ def _directory(directory: Path, split: str, ignored: list[str]) -> list[Path]:
     if len(splits) > 1:
         if split not in splits:
             raise DataError(
-                f"{directory.resolve()}: no files of split {split!r}; its file names tell "
+                f"{directory.resolve()}: no files of split {split!r}; the file names indicate "
                 f"{', '.join(splits)}."
             )
         ignored += [str(path) for path, name in found.items() if name != split]
         return [path for path, name in found.items() if name == split]
     if not found:
-        raise DataError(f"{directory.resolve()}: no file of {_SUFFIXES} in this directory.")
+        raise DataError(f"{directory.resolve()}: no file of type {_SUFFIXES} in this directory.")
     return list(found)
 
 
@@ -145,8 +149,8 @@ def _file_rows(path: Path, split: str) -> Rows:
 
 
 def _json_rows(path: Path) -> Rows:
-    # Not by `datasets`: its type inference turns an answer such as "2024-01-01" into a date, and
-    # it loses line numbers.
+    # Not read by `datasets`: it parses an answer such as "2024-01-01" as a date, and loses line
+    # numbers.
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             if re.match(rb"(\xef\xbb\xbf)?\s*\[", file.peek(4096)):
@@ -165,13 +169,13 @@ def _json_line(line: bytes) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:
-        return DataError(f"not valid JSON ({error}); must be one object a line, or one array.")
+        return DataError(f"not valid JSON ({error}); must be one object per line, or one array.")
 
 
 def _arrow_rows(path: Path) -> Rows:
     import datasets
 
-    # Streaming reads the file in place: no copy in a cache, no progress bar.
+    # Streaming reads the file in place, without a copy in the cache and without a progress bar.
     kind = _ARROW_FORMATS[path.suffix]
     try:
         file = escape(str(path))
@@ -191,7 +195,7 @@ def _saved_rows(directory: Path, split: str) -> Rows:
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise DataError(
-                f"{directory.resolve()}: no split {split!r} in it; it has {', '.join(saved)}."
+                f"{directory.resolve()}: no split {split!r}; it has {', '.join(saved)}."
             )
         saved = saved[split]
     yield from _numbered(saved)
@@ -218,9 +222,10 @@ def _numbered(rows: Iterable[dict[str, Any]]) -> Rows:
 
 
 def _as_in_json(value: Any, inside: bool = False) -> Any:
-    """A value of Arrow, where all objects of a column have the same keys; inside: of _SCHEMALESS.
+    """Return an Arrow value as JSON would hold it.
 
-    There a null is a key that the object lacks; what is not of them stays as it is.
+    Arrow gives all objects of a column the same keys. If `inside` a _SCHEMALESS column, null marks
+    a key that the object does not have, and the key is removed; other nulls stay.
     """
     if isinstance(value, list):
         return [_as_in_json(entry, inside) for entry in value]

@@ -1,1 +1,1 @@
-"""How good rewards are against preferences: figures, pictures, the report."""
+"""Evaluate rewards against preferences: figures, pictures and the report."""

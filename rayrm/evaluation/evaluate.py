@@ -1,15 +1,15 @@
-"""How good rewards are, against preferences: accuracy, best-of-N, margins, calibration, length.
+"""Evaluate rewards against preferences: accuracy, best-of-N, margins, calibration, length.
 
-summarize is arithmetic on rewards already computed; score computes them for groups of text, and
-evaluate is both. Also the averages of RM-Bench and RewardBench for data of their shape. Knows
-nothing of training or Ray.
+score computes the rewards of groups of text, summarize computes the figures from rewards, and
+evaluate does both. Includes the averages of RM-Bench and RewardBench for data of their shape. Does
+not know about training or Ray.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,10 @@ from rayrm.rows import Row
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
 
-# Domains of RM-Bench, by how the name of a subset begins: safety has two.
+# Domains of RM-Bench. A subset's name starts with its domain; safety has two subsets.
 RM_BENCH = ("chat", "math", "code", "safety")
-# Sections of RewardBench (Lambert et al. 2024) and what each subset weighs in its section: its
-# number of pairs, but for math-prm, which weighs as much as all code.
+# Sections of RewardBench (Lambert et al. 2024) with each subset's weight: its number of pairs,
+# except for math-prm, which weighs as much as all code subsets together.
 REWARD_BENCH = {
     "Chat": {
         "alpacaeval-easy": 100,
@@ -64,12 +64,12 @@ REWARD_BENCH = {
 
 @dataclass(frozen=True)
 class ScoredGroup:
-    """One group's rewards [K] (NaN: not scored), lengths in tokens [K], pairs [N, 2], labels [N].
+    """One group's rewards, with the pairs that they are compared on.
 
-    Lengths may count the prompt too, if they all do: only differences within the group matter.
-    pairs are (chosen, rejected) indices of responses; a label is the probability that chosen wins.
-    styles are RM-Bench's of chosen and rejected [N, 2], if the data has them; truncated counts the
-    responses whose prompt was cut.
+    rewards: [K], NaN if not scored. lengths: [K], tokens; all may include the prompt, since only
+    differences within the group matter. pairs: [N, 2], (chosen, rejected) indices of responses.
+    labels: [N], the probability that chosen wins. styles: [N, 2], RM-Bench's styles of chosen and
+    rejected, if the data has them. truncated: number of responses whose prompt was cut.
     """
 
     rewards: Floats
@@ -80,14 +80,35 @@ class ScoredGroup:
     styles: Ints | None = None
     truncated: int = 0
 
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence[Ids | None],
+        rewards: Floats,
+        lengths: NDArray[np.number],
+        chosen: Sequence[int] | Ints,
+        rejected: Sequence[int] | Ints,
+        labels: Sequence[float] | Floats,
+        subset: str,
+        **more: Any,
+    ) -> ScoredGroup:
+        """Return the group of responses with these ids [K], None for one that was not scored.
+
+        Rows of equal ids get the reward of the first.
+        """
+        pairs = np.stack([chosen, rejected], axis=1).astype(np.int64)
+        rewards = equal_for_equals(rows, rewards)
+        return cls(rewards, lengths, pairs, np.asarray(labels), subset, **more)
+
 
 @dataclass(frozen=True)
 class Judged:
-    """The pairs of all groups that have a winner (a label of a half has none) and both rewards.
+    """The pairs of all groups that have a winner (label other than 0.5) and both rewards.
 
-    Columns [M]: the pair's group and its place among the group's pairs; winner and loser by the
-    label, as indices of responses; their rewards, fp64; how many tokens the winner is longer; the
-    group's subset. styles: [M, 2] of winner and loser, -1 without.
+    Columns [M]. group: index of the pair's group. pair: its index among the group's pairs. winner,
+    loser: by the label, as indices of responses. winner_reward, loser_reward: fp64. longer: tokens
+    that the winner is longer than the loser. subset: the group's. styles: [M, 2], of winner and
+    loser, -1 if unknown.
     """
 
     group: Ints
@@ -102,44 +123,47 @@ class Judged:
 
     @classmethod
     def of(cls, groups: Sequence[ScoredGroup]) -> Judged:
-        columns: list[list[NDArray[Any]]] = []
+        parts: list[dict[str, NDArray[Any]]] = []
         for place, group in enumerate(groups):
             pairs = group.pairs.reshape(-1, 2)
             known = np.isfinite(group.rewards[pairs]).all(axis=1) & (group.labels != 0.5)
-            turned = group.labels[known, None] < 0.5
-            ends = np.where(turned, pairs[known, ::-1], pairs[known])
+            rejected_wins = group.labels[known, None] < 0.5
+            ends = np.where(rejected_wins, pairs[known, ::-1], pairs[known])  # winner, loser
             styles = np.full_like(pairs, -1) if group.styles is None else group.styles
             rewards, lengths = group.rewards.astype(np.float64)[ends], group.lengths[ends]
-            columns.append(
-                [
-                    np.full(len(ends), place),
-                    np.flatnonzero(known),
-                    *ends.T,
-                    *rewards.T,
-                    lengths[:, 0] - lengths[:, 1],
-                    np.full(len(ends), group.subset, dtype=object),
-                    np.where(turned, styles[known, ::-1], styles[known]),
-                ]
+            parts.append(
+                {
+                    "group": np.full(len(ends), place),
+                    "pair": np.flatnonzero(known),
+                    "winner": ends[:, 0],
+                    "loser": ends[:, 1],
+                    "winner_reward": rewards[:, 0],
+                    "loser_reward": rewards[:, 1],
+                    "longer": lengths[:, 0] - lengths[:, 1],
+                    "subset": np.full(len(ends), group.subset, dtype=object),
+                    "styles": np.where(rejected_wins, styles[known, ::-1], styles[known]),
+                }
             )
-        return cls(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: np.concatenate([part[name] for part in parts]) for name in names})
 
     def __len__(self) -> int:
         return len(self.group)
 
     @property
     def margins(self) -> Floats:
-        """Reward of the winner minus the loser's."""
+        """The winner's reward minus the loser's."""
         return self.winner_reward - self.loser_reward
 
     @property
     def right(self) -> Floats:
-        """1 where the winner has the higher reward, 0 where the loser has, a tie is half right."""
+        """1 where the winner has the higher reward, 0 where the loser has it, 0.5 for a tie."""
         return _right(self.margins)
 
 
 @dataclass(frozen=True)
 class Bin:
-    """The pairs with a value in [low, high]: how many, their mean value, the share ranked right."""
+    """The pairs with a value in [low, high]: their number, mean value and share ranked right."""
 
     low: float
     high: float
@@ -151,56 +175,70 @@ class Bin:
 def evaluate(
     model: RewardModel, groups: Sequence[Group], *, progress: bool = False
 ) -> dict[str, Any]:
-    """Score groups of text and summarize; responses that cannot be scored are counted as failed."""
+    """Score groups of text and summarize them; responses that cannot be scored count as failed."""
     return summarize(score(model, groups, progress=progress))
 
 
 def score(
     model: RewardModel, groups: Sequence[Group], *, progress: bool = False
 ) -> list[ScoredGroup]:
-    """Each group of text with its rewards; NaN where a response cannot be scored."""
+    """Score groups of text; the reward of a response that cannot be scored is NaN."""
     rows = [
-        Row(g.prompt, r, f, g.tools)
+        Row(g.prompt, response, finished, g.tools)
         for g in groups
-        for r, f in zip(g.responses, g.finished, strict=True)
+        for response, finished in zip(g.responses, g.finished, strict=True)
     ]
     encoded = model.encode(rows)
     rewards = model.collect(encoded, model.score_groups(encoded.groups, progress=progress)).values
-    for group, owners in zip(encoded.groups, encoded.owners, strict=True):
-        rewards[owners] = equal_for_equals(group.rows, rewards[owners])
+    ids: list[Ids | None] = [None] * len(rows)
+    for tokens, owners in zip(encoded.groups, encoded.owners, strict=True):
+        for row, owner in zip(tokens.rows, owners, strict=True):
+            ids[owner] = row
     sizes = [len(g.responses) for g in groups]
-    columns = (by_group(column, sizes) for column in (rewards, encoded.tokens, encoded.truncated))
+    ends = np.cumsum(sizes)
     return [
-        ScoredGroup(
-            r,
-            n,
-            np.array([(p.chosen, p.rejected) for p in g.preferences], dtype=np.int64),
-            np.array([p.label for p in g.preferences]),
+        ScoredGroup.of(
+            ids[end - len(g.responses) : end],
+            group_rewards,
+            lengths,
+            [p.chosen for p in g.preferences],
+            [p.rejected for p in g.preferences],
+            [p.label for p in g.preferences],
             g.subset,
-            np.array([p.styles or (-1, -1) for p in g.preferences], dtype=np.int64),
-            int(t.sum()),
+            styles=np.array([p.styles or (-1, -1) for p in g.preferences], dtype=np.int64),
+            truncated=int(truncated.sum()),
         )
-        for g, r, n, t in zip(groups, *columns, strict=True)
+        for g, end, group_rewards, lengths, truncated in zip(
+            groups,
+            ends,
+            by_group(rewards, sizes),
+            by_group(encoded.tokens, sizes),
+            by_group(encoded.truncated, sizes),
+            strict=True,
+        )
     ]
 
 
-def equal_for_equals(rows: Sequence[Ids], rewards: Floats) -> Floats:
-    """Rewards of which rows of the same ids have the same: packed, they differ by rounding."""
+def equal_for_equals(rows: Sequence[Ids | None], rewards: Floats) -> Floats:
+    """Give rows of equal ids the reward of the first; in packs they differ by rounding."""
     first: dict[bytes, int] = {}
-    return rewards[[first.setdefault(row.tobytes(), i) for i, row in enumerate(rows)]]
+    sources = [
+        i if row is None else first.setdefault(row.tobytes(), i) for i, row in enumerate(rows)
+    ]
+    return rewards[sources]
 
 
 def summarize(groups: Sequence[ScoredGroup]) -> dict[str, Any]:
-    """Figures over all pairs whose responses both have rewards.
+    """Compute the figures over all pairs that have a winner and both rewards.
 
     accuracy: share of pairs whose preferred response has the higher reward (a tie is half right).
-    best_of_n: share of groups whose highest reward is on a response that no other is preferred to,
-    over groups of three and more (equal rewards count by their share). margin: mean of preferred
-    minus other. loss: Bradley-Terry.
+    best_of_n: share of groups of three or more in which no response is preferred to the one with
+    the highest reward (equal rewards count by their share). margin: mean reward of the preferred
+    response minus that of the other. loss: Bradley-Terry.
     ece: expected calibration error of sigmoid(margin), ten bins of equal width (Guo et al. 2017).
     length_correlation: Pearson's, of reward and response tokens within groups.
     reward_mean, reward_std: over all responses. truncated: responses whose prompt was cut.
-    subsets: accuracy and pairs of each. rm_bench, reward_bench: see there.
+    subsets: accuracy and pairs of each. rm_bench, reward_bench: see the functions of these names.
     """
     judged = Judged.of(groups)
     margins = judged.margins
@@ -230,7 +268,7 @@ def summarize(groups: Sequence[ScoredGroup]) -> dict[str, Any]:
 
 
 def calibration_error(margins: Floats, bins: int = 10) -> float | None:
-    """|confidence - accuracy| over bins of confidence in the winner, weighted by pairs."""
+    """Return the mean |confidence - accuracy| over bins of confidence, weighted by pairs."""
     if not len(margins):
         return None
     gaps = [b.pairs * abs(b.mean - b.accuracy) for b in reliability(margins, bins)]
@@ -238,9 +276,9 @@ def calibration_error(margins: Floats, bins: int = 10) -> float | None:
 
 
 def reliability(margins: Floats, bins: int = 10) -> list[Bin]:
-    """Pairs by confidence in whichever response has the higher reward, sigmoid(|margin|).
+    """Bin pairs by confidence in the response with the higher reward, sigmoid(|margin|).
 
-    Bins of equal width over [0.5, 1]; those without pairs are left out.
+    Bins have equal width over [0.5, 1]; empty bins are left out.
     """
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
@@ -252,7 +290,7 @@ def reliability(margins: Floats, bins: int = 10) -> list[Bin]:
 
 
 def equal_bins(values: NDArray[np.number], right: Floats, bins: int) -> list[Bin]:
-    """Pairs by value, in at most `bins` bins of about as many pairs; equal values share a bin."""
+    """Bin pairs by value, at most `bins` bins of about equal size; equal values share a bin."""
     if not len(values):
         return []
     place = np.searchsorted(np.quantile(values, np.linspace(0, 1, bins + 1)[1:-1]), values, "left")
@@ -261,13 +299,13 @@ def equal_bins(values: NDArray[np.number], right: Floats, bins: int) -> list[Bin
 
 
 def signed_bins(values: NDArray[np.number], right: Floats, bins: int) -> list[Bin]:
-    """equal_bins of the negative values, of zero, and of the positive values."""
+    """Apply equal_bins to the negative values, zero and the positive values separately."""
     parts = [(values < 0, bins), (values == 0, 1), (values > 0, bins)]
     return [b for part, count in parts for b in equal_bins(values[part], right[part], count)]
 
 
 def interval(accuracy: float, pairs: int) -> tuple[float, float]:
-    """95 % confidence interval of an accuracy, taking pairs as independent (Wilson 1927)."""
+    """Return an accuracy's 95 % confidence interval for independent pairs (Wilson 1927)."""
     z2 = 1.959964**2
     centre = accuracy + z2 / (2 * pairs)
     half = math.sqrt(z2 * (accuracy * (1 - accuracy) / pairs + z2 / (4 * pairs**2)))
@@ -275,13 +313,14 @@ def interval(accuracy: float, pairs: int) -> tuple[float, float]:
 
 
 def rm_bench(judged: Judged) -> dict[str, Any] | None:
-    """Accuracy by style, if every pair has styles (Liu et al. 2024, and its repository's utils.py).
+    """Compute RM-Bench's accuracy by style; None unless every pair has styles.
 
-    matrix[c][r]: share of pairs of a chosen response in style c and a rejected one in style r in
-    which chosen has the higher reward (a tie is wrong, as there). easy: the mean of the cells in
-    which chosen has the fancier style; normal: the same style; hard: rejected has the fancier.
-    mean: of these three. domains: the same of each; their matrices are averaged into the first,
-    so that a domain weighs the same however many prompts it has. Other subsets are domains too.
+    Follows Liu et al. 2024 and utils.py of its repository. matrix[c][r]: among pairs with chosen in
+    style c and rejected in style r, the share in which chosen has the higher reward (a tie is
+    wrong, as in RM-Bench). easy: mean of the cells in which chosen has the fancier style. normal:
+    both have the same style. hard: rejected has the fancier style. mean: over all cells. domains:
+    the same figures for each domain; the overall matrix is the mean of theirs, so that each domain
+    weighs the same however many prompts it has. Subsets outside RM-Bench are domains too.
     """
     if not len(judged) or (judged.styles < 0).any():
         return None
@@ -301,11 +340,11 @@ def rm_bench(judged: Judged) -> dict[str, Any] | None:
 
 
 def reward_bench(subsets: dict[str, Floats]) -> dict[str, Any] | None:
-    """RewardBench's section scores from margins by subset, if any subset is one of its own.
+    """Compute RewardBench's section scores from margins by subset; None without its subsets.
 
-    sections: score, and accuracy (a tie is wrong, as there) and weight of the section's subsets
-    that have pairs; a score is their weighted mean. mean: of the four sections (without "prior
-    sets"), None unless every subset is there.
+    sections: each section's score, and accuracy (a tie is wrong, as in RewardBench) and weight of
+    its subsets that have pairs; the score is their weighted mean. mean: over the four sections
+    (without "prior sets"), None unless every subset has pairs.
     """
     sections: dict[str, Any] = {}
     for section, weights in REWARD_BENCH.items():
@@ -347,7 +386,7 @@ def _in_cell(styles: Ints, chosen: int, rejected: int) -> NDArray[np.bool_]:
 
 
 def _by_style(matrix: Floats, pairs: Ints) -> dict[str, Any]:
-    """The matrix with its averages; None for a cell without pairs and what would need it."""
+    """Return the matrix and its averages; None for cells without pairs and averages over them."""
     below, above = np.tril_indices(3, -1), np.triu_indices(3, 1)
     means = {
         "easy": matrix[below].mean(),
@@ -379,9 +418,9 @@ def _best_of_n(groups: Sequence[ScoredGroup]) -> float | None:
 
 
 def within_groups(groups: Sequence[ScoredGroup]) -> tuple[Floats, Floats]:
-    """Lengths in tokens and rewards of the scored responses, each minus the mean of its group.
+    """Return lengths (tokens) and rewards of scored responses, each minus its group's mean.
 
-    Groups with one scored response are left out.
+    Groups with fewer than two scored responses are left out.
     """
     lengths, rewards = [np.empty(0)], [np.empty(0)]
     for group in groups:

@@ -1,7 +1,7 @@
-"""The pictures of an evaluation report, as matplotlib figures: no display, no global state.
+"""Draw the pictures of an evaluation report as matplotlib figures, without display or global state.
 
-Each is wide enough to be read on a phone, tells chosen from rejected and one export from the other
-in grey too, and says how many pairs or responses it shows. The only module that imports matplotlib.
+Each can be read on a phone, distinguishes chosen from rejected and one export from the other even
+in grey, and shows the number of pairs or responses. Does not know about the page around them.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def save(figure: Figure, file: Path) -> None:
 
 
 def colour(mark: str) -> str:
-    """An export's own colour: A's, or that of the only one, and B's."""
-    return COLOURS[mark == "B"]
+    """Return an export's colour: the second for B, the first for A or a single export."""
+    return COLOURS[1] if mark == "B" else COLOURS[0]
 
 
 def canvas(height: float = 3.6) -> tuple[Figure, Axes]:
-    """An empty picture, of a width at which its text can be read on a phone."""
+    """Return an empty figure and its axes, with text large enough to read on a phone."""
     figure = Figure(figsize=(5.4, height), layout="constrained")
     axes = figure.add_subplot()
     axes.grid(color="#dddddd")
@@ -42,7 +42,7 @@ def canvas(height: float = 3.6) -> tuple[Figure, Axes]:
 
 
 def draw_curve(runs: Sequence[tuple[str, list[dict[str, Any]]]], key: str, label: str) -> Figure:
-    """A figure of training by step: raw, as a running mean, and on held-out pairs."""
+    """Draw a training metric by step: raw, as a running mean, and on held-out pairs."""
     figure, axes = canvas()
     for (mark, history), colour in zip(runs, COLOURS, strict=False):
         known = [h for h in history if h[key] is not None]
@@ -81,7 +81,7 @@ def draw_rewards(judged: Judged) -> Figure:
 
 def draw_reliability(bins: Sequence[Bin], ece: float, colour: str) -> Figure:
     figure, axes = canvas(4.4)
-    axes.plot([0.5, 1], [0.5, 1], color="#777777", linestyle="--", label="as sure as right")
+    axes.plot([0.5, 1], [0.5, 1], color="#777777", linestyle="--", label="perfect calibration")
     for b in bins:
         axes.bar(b.low, b.accuracy, b.high - b.low, align="edge", color=colour, alpha=0.25)
         axes.text((b.low + b.high) / 2, 0.02, f"{b.pairs}", ha="center", fontsize=9)
@@ -104,7 +104,7 @@ def draw_reliability(bins: Sequence[Bin], ece: float, colour: str) -> Figure:
 
 
 def draw_bins(names: Sequence[str], bins: Sequence[Bin], label: str, colour: str) -> Figure:
-    """Accuracy of each bin from the top down, with its 95 % interval and its number of pairs."""
+    """Draw each bin's accuracy, from the top down, with its 95 % interval and number of pairs."""
     figure, axes = canvas(1.2 + 0.42 * len(bins))
     draw_accuracies(axes, np.arange(len(bins)), [(b.accuracy, b.pairs) for b in bins], colour)
     axes.set_yticks(range(len(bins)), names)
@@ -137,9 +137,9 @@ def draw_accuracies(
     colour: str,
     label: str = "",
 ) -> None:
-    """Horizontal bars of (accuracy, pairs), the first on top."""
+    """Draw horizontal bars of (accuracy, pairs), the first on top."""
     accuracies = np.array([accuracy for accuracy, _ in found])
-    limits = np.array([interval(*one) for one in found])
+    limits = np.array([interval(accuracy, pairs) for accuracy, pairs in found])
     whiskers = np.maximum(0, [accuracies - limits[:, 0], limits[:, 1] - accuracies])
     axes.barh(places, accuracies, 0.8, color=colour, alpha=0.75, label=label)
     axes.errorbar(accuracies, places, xerr=whiskers, fmt="none", ecolor="#333333", capsize=2.5)
@@ -160,7 +160,7 @@ def draw_lengths(lengths: Floats, rewards: Floats, slope: float, colour: str) ->
     label = f"{10 * slope:+.3f} reward per 10 tokens"
     axes.plot(ends, ends * slope, color="black", linewidth=2, label=label)
     axes.set(
-        xlabel="tokens more than the group's mean",
+        xlabel="tokens above the group's mean",
         ylabel="reward above the group's mean",
         title=f"n = {len(rewards)} responses",
     )
@@ -169,16 +169,21 @@ def draw_lengths(lengths: Floats, rewards: Floats, slope: float, colour: str) ->
 
 
 def draw_styles(found: dict[str, Any]) -> Figure:
-    """RM-Bench's matrix as it is printed: chosen down, rejected across, hard above the diagonal."""
+    """Draw RM-Bench's matrix: chosen down, rejected across, hard above the diagonal."""
     figure, axes = canvas(4.6)
     matrix = np.array(found["matrix"], dtype=float)
     axes.imshow(matrix, cmap="RdYlBu", vmin=0, vmax=1)
     for (row, column), value in np.ndenumerate(matrix):
-        kind = "normal" if row == column else "easy" if row > column else "hard"
+        if row == column:
+            kind = "normal"
+        elif row > column:
+            kind = "easy"
+        else:
+            kind = "hard"
         known = "n/a" if np.isnan(value) else f"{value:.3f}"
         text = f"{known}\n{kind}, n = {found['pairs'][row][column]}"
-        edge = abs(value - 0.5) > 0.4
-        axes.text(column, row, text, ha="center", va="center", color="white" if edge else "black")
+        dark = abs(value - 0.5) > 0.4
+        axes.text(column, row, text, ha="center", va="center", color="white" if dark else "black")
     names = [style.replace(", ", ",\n") for style in STYLES]
     axes.set_xticks(range(3), names)
     axes.set_yticks(range(3), names)
@@ -188,5 +193,5 @@ def draw_styles(found: dict[str, Any]) -> Figure:
 
 
 def shortened(name: str) -> str:
-    """A name from data as a label; "$" in it is no formula."""
+    """Shorten a name from the data for a label and escape "$", which would start a formula."""
     return (name if len(name) <= 32 else f"{name[:31]}…").replace("$", r"\$")

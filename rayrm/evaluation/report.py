@@ -1,7 +1,7 @@
-"""The evaluation report: one HTML page that needs nothing else, and its pictures beside it.
+"""Write the evaluation report: one self-contained HTML page, and its pictures as files next to it.
 
-Pictures, tables and words for what evaluate.py computes; every picture has its table. Knows nothing
-of models, training or Ray.
+Shows the figures of evaluate.py as pictures, tables and text; every picture has a table. Does not
+know about models, training or Ray.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ PAGE = "report.html"
 
 
 class Macros(Protocol):
-    """The template's macros by name, of which each gives a part of the page."""
+    """The template's macros by name; each returns a part of the page."""
 
     def __getattr__(self, name: str) -> Callable[..., Markup]: ...
 
@@ -63,18 +63,18 @@ HTML = cast(
     .module,
 )
 
-# How many mistakes are shown, characters of a text of theirs, and subsets drawn.
+# Most mistakes shown, most characters shown of each text, most subsets drawn.
 MISTAKES, SHOWN, SUBSETS = 10, 2000, 40
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 AVERAGES = ("easy", "normal", "hard", "mean")
 STEP = ["step", "loss", "accuracy", "margin", "learning rate", "gradient norm", "pairs"]
 STEP += ["tokens/s", "held-out loss", "held-out accuracy"]
-WHISKERS = "Whiskers, from and to: 95 % intervals that take pairs as independent."
+WHISKERS = "Whiskers and the columns from and to: 95 % intervals, assuming independent pairs."
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """An export's scores of the report's groups, in their order; history: its training by step."""
+    """An export's scores of the report's groups, in their order. history: its metrics by step."""
 
     version: str
     scored: list[ScoredGroup]
@@ -92,9 +92,9 @@ class Evaluated:
 def write_report(
     directory: Path, groups: Sequence[Group], evaluated: Sequence[Evaluated], data: str
 ) -> Path:
-    """Write the page and its pictures; two evaluated exports stand side by side.
+    """Write the page and its pictures, and return the page's path.
 
-    data says in words what the groups are. Returns the page's path.
+    Two evaluated exports are shown side by side. data: a description of the groups.
     """
     directory.mkdir(parents=True, exist_ok=True)
     html = Report(directory, groups, evaluated, data).html()
@@ -104,7 +104,7 @@ def write_report(
 
 
 class Report:
-    """One report in the making; a method writes the pictures of a part and returns its HTML."""
+    """A report being built; each method writes the pictures of one part and returns its HTML."""
 
     def __init__(
         self, directory: Path, groups: Sequence[Group], evaluated: Sequence[Evaluated], data: str
@@ -179,24 +179,23 @@ class Report:
         return section("Figures", "", tables)
 
     def agreement(self) -> Markup:
-        """How many pairs each ranks right, alone or with the other, of those both have scored."""
-        won = [
-            dict(
-                zip(
-                    zip(e.judged.group.tolist(), e.judged.pair.tolist(), strict=True),
-                    (e.judged.margins > 0).tolist(),
-                    strict=True,
-                )
-            )
-            for e in self.evaluated
-        ]
+        """Count the pairs that both, one or neither export ranks right, among those both scored."""
+        won: list[dict[tuple[int, int], bool]] = []
+        for e in self.evaluated:
+            pairs = zip(e.judged.group.tolist(), e.judged.pair.tolist(), strict=True)
+            won.append(dict(zip(pairs, (e.judged.margins > 0).tolist(), strict=True)))
         both = [(won[0][key], won[1][key]) for key in won[0] if key in won[1]]
-        cases = {"both": (True, True), "A only": (True, False), "B only": (False, True)}
+        cases = {
+            "both": (True, True),
+            "A only": (True, False),
+            "B only": (False, True),
+            "neither": (False, False),
+        }
         rows = [
             [name, number(both.count(case)), share(both.count(case), len(both))]
-            for name, case in {**cases, "neither": (False, False)}.items()
+            for name, case in cases.items()
         ]
-        caption = "Pairs ranked right (a tie is not), of those that both have scored"
+        caption = "Pairs ranked right (a tie is wrong), among those that both exports scored"
         return table("agreement", ["ranked right by", "pairs", "share"], rows, caption)
 
     def training(self) -> Markup:
@@ -244,9 +243,14 @@ class Report:
         for mark, e in self.marked:
             bins = reliability(e.judged.margins)
             rows = [
-                [f"{b.low:.2f} to {b.high:.2f}", *map(number, figures)]
+                [
+                    f"{b.low:.2f} to {b.high:.2f}",
+                    number(b.pairs),
+                    number(b.mean),
+                    number(b.accuracy),
+                    number(b.accuracy - b.mean),
+                ]
                 for b in bins
-                for figures in [(b.pairs, b.mean, b.accuracy, b.accuracy - b.mean)]
             ]
             picture = self.picture(
                 f"reliability{mark}",
@@ -259,8 +263,8 @@ class Report:
                 self.block(mark, e, picture, table(f"reliability{mark}", head, rows, caption))
             )
         text = (
-            "Confidence is sigmoid(|margin|): how sure the model is of the response it gives the "
-            "higher reward. On the dashed line it is right as often as it says; below it is "
+            "Confidence is sigmoid(|margin|): how sure the model is of the response with the "
+            "higher reward. On the dashed line, accuracy equals confidence; below it, the model is "
             "overconfident. The error is the mean distance from the line, weighted by pairs."
         )
         return section("Reliability", text, blocks)
@@ -276,10 +280,12 @@ class Report:
                 bins = equal_bins(given, e.judged.right, 8)
                 name, label = f"given-margin{mark}", "margin in the data"
                 blocks.append(self.binned(mark, e, name, bins, label, ".3g"))
-        return section("Accuracy by margin", f"Bins of about as many pairs. {WHISKERS}", blocks)
+        return section(
+            "Accuracy by margin", f"Bins hold about as many pairs each. {WHISKERS}", blocks
+        )
 
     def given_margins(self, e: Evaluated) -> Floats:
-        """The margin that the data gives each judged pair; 0 where it gives none."""
+        """Return the margin in the data of each judged pair; 0 if it has none."""
         return np.array(
             [
                 self.groups[g].preferences[p].margin
@@ -294,7 +300,7 @@ class Report:
             label = "tokens that chosen is longer than rejected"
             blocks.append(self.binned(mark, e, f"length{mark}", bins, label, ".0f"))
         text = (
-            "Lower at the top, where chosen is the shorter one, than at the bottom: longer "
+            "If accuracy is lower at the top, where chosen is shorter, than at the bottom, longer "
             f"responses get higher rewards for their length. {WHISKERS}"
         )
         return section("Accuracy by length difference", text, blocks)
@@ -347,10 +353,11 @@ class Report:
         rows = []
         for name in sorted(names):
             cells = [name or "(none)"]
-            for found in (figures[name] for figures in subsets):
-                limits = (
-                    interval(found["accuracy"], found["pairs"]) if found["pairs"] else (None,) * 2
-                )
+            for figures in subsets:
+                found = figures[name]
+                limits: tuple[float | None, float | None] = (None, None)
+                if found["pairs"]:
+                    limits = interval(found["accuracy"], found["pairs"])
                 cells += map(number, (found["pairs"], found["accuracy"], *limits))
             rows.append(cells)
         head = ["subset"]
@@ -382,8 +389,10 @@ class Report:
             ]
             averages = table(f"rm-bench{mark}", ["domain", *AVERAGES, "pairs"], rows)
             cells = [
-                [style, *(f"{number(c)} ({n})" for c, n in zip(*row, strict=True))]
-                for style, *row in zip(STYLES, found["matrix"], found["pairs"], strict=True)
+                [style, *(f"{number(a)} ({n})" for a, n in zip(accuracies, pairs, strict=True))]
+                for style, accuracies, pairs in zip(
+                    STYLES, found["matrix"], found["pairs"], strict=True
+                )
             ]
             caption = "Accuracy (pairs): style of chosen by row, of rejected by column"
             matrix = table(f"styles{mark}", ["", *STYLES], cells, caption)
@@ -410,8 +419,8 @@ class Report:
         rows.append(["mean of the four sections", "", *(number(f["mean"]) for f in found)])
         head = ["section", "weight", *(f"{mark} score".strip() for mark in self.marks)]
         text = (
-            "RewardBench (Lambert et al. 2024). A section's score is the mean of its subsets by "
-            "their weights; a tie is wrong. The mean is given when every subset is there."
+            "RewardBench (Lambert et al. 2024). A section's score is the weighted mean of its "
+            "subsets; a tie is wrong. The mean is given only if every subset is present."
         )
         return section("RewardBench: scores by section", text, [table("reward-bench", head, rows)])
 
@@ -420,17 +429,24 @@ class Report:
             HTML.mistakes(title_of(mark, e), [self.mistake(e, place) for place in worst(e.judged)])
             for mark, e in self.marked
         ]
-        text = f"The worst pair of each group, and the {MISTAKES} worst of these."
+        text = f"The {MISTAKES} pairs with the lowest margins below 0, at most one per group."
         return section("Worst mistakes", text, parts, "")
 
     def mistake(self, e: Evaluated, place: int) -> Markup:
         judged = e.judged
-        g, winner, loser = (int(c[place]) for c in (judged.group, judged.winner, judged.loser))
+        g, winner, loser = (
+            int(judged.group[place]),
+            int(judged.winner[place]),
+            int(judged.loser[place]),
+        )
         group = self.groups[g]
-        others = [
-            f"{mark}: chosen {number(rewards[winner])}, rejected {number(rewards[loser])}"
-            for mark, rewards in ((m, o.scored[g].rewards) for m, o in self.marked if o is not e)
-        ]
+        others = []
+        for mark, other in self.marked:
+            if other is not e:
+                rewards = other.scored[g].rewards
+                others.append(
+                    f"{mark}: chosen {number(rewards[winner])}, rejected {number(rewards[loser])}"
+                )
         about = [
             group.source,
             *([group.subset] if group.subset else []),
@@ -458,7 +474,7 @@ class Report:
         return HTML.picture(alt, data)
 
     def block(self, mark: str, e: Evaluated, picture: Markup, text: Markup) -> Markup:
-        """A picture and its table: beside each other, or under each other beside the other's."""
+        """Put a picture and its table side by side; of two exports, one below the other."""
         return self.titled(mark, e, picture, text) if mark else HTML.beside(picture, text)
 
     def titled(self, mark: str, e: Evaluated, *blocks: Markup) -> Markup:
@@ -466,7 +482,7 @@ class Report:
 
 
 def title_of(mark: str, e: Evaluated) -> str:
-    """Of one of two exports; one alone needs none."""
+    """Return the title of one of two exports; a single export has none."""
     return f"{mark} {e.version}" if mark else ""
 
 
@@ -478,7 +494,7 @@ def training_row(step: dict[str, Any]) -> list[str]:
 
 
 def worst(judged: Judged) -> list[int]:
-    """Places of the pairs with the lowest margins below 0, one a group, worst first."""
+    """Return the indices of the pairs with the lowest negative margins, at most one per group."""
     places: dict[int, int] = {}
     for place in np.argsort(judged.margins, kind="stable"):
         if judged.margins[place] < 0:
@@ -494,7 +510,7 @@ def section(title: str, text: str, blocks: Iterable[Markup], kind: str = "grid")
 
 
 def wide(block: Markup) -> Markup:
-    """Across all columns of its section."""
+    """Stretch a block across all columns of its section."""
     return HTML.wide(block)
 
 
@@ -505,12 +521,13 @@ def table(
 
 
 def block_of_text(title: str, text: Text, kind: str) -> Markup:
-    """A prompt or response; the middle of what is very long is left out, and says so."""
+    """Render a prompt or response; a note replaces the middle of a very long text."""
     messages = [{"role": "", "content": text}] if isinstance(text, str) else text
     parts = []
     for message in messages:
         content = shown_message(message)
-        if (left_out := len(content) - SHOWN) > 0:
+        left_out = len(content) - SHOWN
+        if left_out > 0:
             half = SHOWN // 2
             note = f"\n[… {left_out} characters left out …]\n"
             content = content[:half] + note + content[-half:]
@@ -519,17 +536,17 @@ def block_of_text(title: str, text: Text, kind: str) -> Markup:
 
 
 def shown_message(message: Message) -> str:
-    """What a message says, its tool calls and thoughts by their keys."""
-    said = {key: message[key] for key in MESSAGE_KEYS if key in message}
+    """Return a message's content, after its tool calls and thoughts, each labelled by its key."""
+    keyed = {key: message[key] for key in MESSAGE_KEYS if key in message}
     lines = [
         f"[{key}] {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
-        for key, value in said.items()
+        for key, value in keyed.items()
     ]
     return "\n".join([*lines, message["content"] or ""]) if lines else str(message["content"])
 
 
 def number(value: Any) -> str:
-    """Counts as they are, the rest to three decimals, or as many digits where it is small."""
+    """Format a figure: integers as they are, others by their size; None as n/a."""
     if value is None:
         return "n/a"
     if isinstance(value, int | np.integer):

@@ -1,1 +1,1 @@
-"""The reward model: attention, decoder, head, exports, and scoring in one process."""
+"""Build, export and run reward models in one process: attention, decoder, head and scoring."""

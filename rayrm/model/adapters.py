@@ -1,10 +1,10 @@
-"""Several rewards on one backbone: what each has of its own, and how it is put on what they share.
+"""Compute several rewards (LoRA adapters) on one shared backbone.
 
-The backbone is the frozen base that the adapters were trained on, for every reward: the export's
-merged weights are of its own reward alone, and subtracting its adapter from them gives the base
-only up to rounding. Each reward has modules of its own around tensors that it shares, so that
-nothing has to say which adapter is active and threads score different rewards at once. Knows
-nothing of how adapters are trained.
+Every reward runs on the frozen base that the adapters were trained on. An export's merged weights
+cannot replace that base: they include the export's own adapter, and subtracting it recovers the
+base only up to rounding. Each reward has its own modules around the shared tensors, so no adapter
+is switched on or off, and threads can score different rewards at the same time. Does not know how
+adapters are trained.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from rayrm.config import OWN
 from rayrm.errors import ConfigError, ExportError
+from rayrm.model.architecture import UNRELATED
 from rayrm.model.decoder import LowRank
 from rayrm.model.export import (
     ADAPTER,
@@ -36,25 +37,15 @@ from rayrm.model.export import (
 from rayrm.model.net import DTYPES, RewardHead, RewardNet, load_base, load_config
 from rayrm.text.template import Template
 
-# As peft names its files, and the tensors in them.
+# peft's names of its files and of the tensors in them.
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 HEAD = f"{PREFIX}score.weight"
 
-# Keys of a model's config that say nothing of what its backbone computes.
-UNRELATED = {
-    "_name_or_path",
-    "architectures",
-    "dtype",
-    "pad_token_id",
-    "transformers_version",
-    "vocab_size",  # the embedding is part of the hash
-}
-
 
 @dataclass(frozen=True)
 class Adapter:
-    """An export as one of several rewards: where it is, its record, and how its rows are built."""
+    """An export that serves as one of several rewards: its directory, record and template."""
 
     directory: Path
     export: Export
@@ -69,10 +60,10 @@ class Adapter:
 def read_adapters(
     export: str | Path, adapters: Mapping[str, str | Path], max_length: int | None = None
 ) -> dict[str, Adapter]:
-    """All rewards by name, the export's own first, without their weights.
+    """Return all rewards by name, the export's own first; weights are not read.
 
-    max_length is that of each training unless given. Raises ExportError where one is no export of a
-    LoRA run, ConfigError where one was trained on another backbone or with another template.
+    max_length defaults to that of each training run. Raises ExportError if one is not the export of
+    a LoRA run, ConfigError if one was trained on another backbone or with another template.
     """
     own = _read(export, max_length)
     read = {OWN: own}
@@ -92,7 +83,7 @@ def _read(path: str | Path, max_length: int | None) -> Adapter:
 
 
 def _differences(own: Adapter, other: Adapter) -> list[str]:
-    """What of backbone and template is not the same, as "what: own's, other's"."""
+    """List the differences of backbone and template, each as "what: own's, other's"."""
     a, b = own.record, other.record
     found = []
     if own.export.dtype != other.export.dtype:
@@ -119,9 +110,9 @@ def _config_differences(own: PretrainedConfig, other: PretrainedConfig) -> list[
 
 
 def load_backbone(adapter: Adapter, dtype: torch.dtype, device: torch.device) -> RewardNet:
-    """The base that the adapter was trained on, in dtype; its head means nothing.
+    """Load the base that the adapter was trained on, in dtype; its head is not a trained one.
 
-    Raises ModelError where it is not there, ExportError where it is another one by now.
+    Raises ModelError if the base is not found, ExportError if it has changed since training.
     """
     record, where = adapter.record, f"the base of {adapter.directory}"
     exported = DTYPES[adapter.export.dtype]
@@ -131,18 +122,21 @@ def load_backbone(adapter: Adapter, dtype: torch.dtype, device: torch.device) ->
     if found != record.backbone_sha256:
         raise ExportError(
             f"{where}, {record.base}, is not what the adapter was trained on: the backbone's "
-            f"sha256 is {found[:12]}…, recorded {record.backbone_sha256[:12]}…; put it back, or "
-            "name another place of it as adapter.base in rayrm.json"
+            f"sha256 is {found[:12]}…, recorded {record.backbone_sha256[:12]}…; restore "
+            "that base, or set adapter.base in rayrm.json to a copy of it"
         )
     if unlike := _config_differences(load_config(str(adapter.directory)), model.config):
-        raise ExportError(f"{where}, {record.base}, has another {'; '.join(unlike)} than then")
-    for weight in model.base_model.parameters():  # buffers, such as frequencies, stay in fp32
+        raise ExportError(
+            f"{where}, {record.base}, does not match the export's config.json (export's value, "
+            f"base's value): {'; '.join(unlike)}"
+        )
+    for weight in model.base_model.parameters():  # buffers (rotary frequencies) stay in fp32
         weight.data = weight.data.to(dtype)
     return RewardNet(model).to(device).for_scoring()
 
 
 def hash_backbone(model: PreTrainedModel, dtype: torch.dtype) -> str:
-    """sha256 over the backbone's weights rounded to dtype, whatever adapters are on it."""
+    """Return the sha256 of the backbone's weights rounded to dtype, without any adapters on it."""
     weights = {
         name.replace(".base_layer.", "."): weight
         for name, weight in model.base_model.named_parameters()
@@ -157,23 +151,27 @@ def hash_backbone(model: PreTrainedModel, dtype: torch.dtype) -> str:
 
 
 def put_on(net: RewardNet, adapter: Adapter) -> RewardNet:
-    """The adapter's reward on the backbone of net, which stays as it is and shares its tensors."""
+    """Return a net that computes the adapter's reward on the backbone of net.
+
+    net stays unchanged; both nets share the backbone's tensors.
+    """
     model = net.model
     low_rank, head = _load(adapter, model.base_model_prefix, model.dtype, model.device)
     shared: dict[int, Any] = {id(t): t for t in chain(model.parameters(), model.buffers())}
-    own = RewardNet(deepcopy(model, shared))
-    own.model.score = head
+    with_adapter = RewardNet(deepcopy(model, shared))
+    with_adapter.model.score = head
     if net.decoder:
-        own.decoder = net.decoder.adapted(low_rank)
+        with_adapter.decoder = net.decoder.adapted(low_rank)
     else:
+        backbone = with_adapter.model.base_model
         for name, matrices in low_rank.items():
-            layer = own.model.base_model.get_submodule(name)
-            own.model.base_model.set_submodule(name, Adapted(layer, matrices))
-    return own.for_scoring()
+            layer = backbone.get_submodule(name)
+            backbone.set_submodule(name, Adapted(layer, matrices))
+    return with_adapter.for_scoring()
 
 
 class Adapted(nn.Module):
-    """A linear layer and what is added to it."""
+    """A linear layer with a low-rank update added to its output."""
 
     def __init__(self, layer: nn.Module, low_rank: LowRank) -> None:
         super().__init__()
@@ -188,7 +186,7 @@ class Adapted(nn.Module):
 def _load(
     adapter: Adapter, backbone: str, dtype: torch.dtype, device: torch.device
 ) -> tuple[dict[str, LowRank], RewardHead]:
-    """Matrices in dtype by their layer's name within the backbone, and the head in fp32."""
+    """Load an adapter: its matrices in dtype by layer name in the backbone, its head in fp32."""
     state = load_file(adapter.directory / ADAPTER / WEIGHTS)
     weight = state.pop(HEAD)
     head = RewardHead(weight.shape[1], 1, bias=False, dtype=torch.float32)
@@ -208,7 +206,7 @@ def _load(
 def save_adapter(
     model: PreTrainedModel, directory: Path, *, base: str, dtype: torch.dtype, scale: float
 ) -> AdapterRecord:
-    """Write a LoRA model's matrices and head, in fp32 and under peft's names; what is recorded."""
+    """Write a LoRA model's matrices and head, in fp32 and under peft's names; return the record."""
     state = {
         PREFIX + name.replace(".default.", "."): weight.contiguous()
         for name, weight in model.state_dict().items()

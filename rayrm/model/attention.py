@@ -1,10 +1,10 @@
-"""Shared-prefix attention over a pack, registered with transformers under the name "rayrm".
+"""Compute shared-prefix attention over a pack, registered with transformers as "rayrm".
 
-Each segment of a pack attends to its group's prefix and, causally, to itself. Four ways to the
-same numbers: on CPU matrix products by blocks of queries in bf16 and kernels merged by log-sum-exp
-in fp32 (neither masks more than a block), one varlen kernel call on CUDA, and a masked reference
-for sliding windows, soft caps and fp32 on CUDA. Knows nothing of models, rewards or losses; a model
-only has to call transformers' attention interface.
+Each segment of a pack attends to its group's prefix and, causally, to itself. Four implementations
+compute this: on CPU, matrix products by blocks of queries in bf16, and flash kernels merged by
+log-sum-exp in fp32 (neither masks more than a block); on CUDA, one varlen kernel call; and a masked
+reference for sliding windows, soft caps and fp32 on CUDA. Does not know about models, rewards or
+losses; a model only needs to call transformers' attention interface.
 
 Shapes: B = 1 batch, H query heads, G key/value heads, T tokens of the pack, D head size.
 """
@@ -26,7 +26,7 @@ from rayrm.packing import Segment
 
 NAME = "rayrm"
 
-# Scores of a block of queries, of each head: those of all heads stay in a core's cache.
+# Attention scores per block and head; few enough that all heads' scores fit a core's cache.
 BLOCK_SCORES = 1 << 16
 SMALLEST_BLOCK, LARGEST_BLOCK = 32, 128
 USUAL_RESPONSE = 128
@@ -34,9 +34,12 @@ USUAL_RESPONSE = 128
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Queries [start, end), which see a prefix and, of the tokens from own on, what is not hidden.
+    """A block of consecutive queries and the keys that they may attend to.
 
-    hidden: bool [queries, 1, end - own]; tokens after the query and those of other responses.
+    All bounds are token positions in the pack. Queries: [start, end). Keys: the group's prefix
+    [prefix_start, prefix_end), which every query sees in full, then [own, end); own is the start of
+    the first query's segment. hidden: bool [queries, 1, end - own], True for keys after the query
+    or of another response.
     """
 
     start: int
@@ -47,23 +50,26 @@ class Block:
     hidden: Tensor
 
     def seen(self, x: Tensor) -> Tensor:
-        """Of keys or values [G, T, D], the prefix and the tokens from own on."""
+        """Select the block's keys or values from x [G, T, D]: the prefix, then [own, end)."""
         if self.prefix_end == self.own:
             return x[:, self.prefix_start : self.end]
         prefix, own = x[:, self.prefix_start : self.prefix_end], x[:, self.own : self.end]
         return torch.cat([prefix, own], dim=1)
 
     def rows(self, x: Tensor) -> Tensor:
-        """Of [T, G, R, D] the queries, the R heads of one key as rows: [G, queries R, D]."""
+        """Select the block's queries from x [T, G, R, D] as rows [G, queries · R, D].
+
+        The R query heads that share a key/value head become rows of one matrix.
+        """
         return x[self.start : self.end].transpose(0, 1).flatten(1, 2)
 
     def put(self, rows: Tensor, x: Tensor) -> None:
-        """Write what `rows` took, back into x [T, G, R, D]."""
+        """Write rows [G, queries · R, D] into x [T, G, R, D]: the inverse of `rows`."""
         heads = rows.unflatten(1, (self.end - self.start, -1)).transpose(0, 1)
         x[self.start : self.end] = heads
 
     def weights(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """Softmax of the scores [G, queries R, keys]."""
+        """Return the attention weights [G, queries · R, keys]: softmax of the masked scores."""
         scores = rows @ keys.mT
         own = scores[:, :, -self.hidden.shape[2] :]
         own.unflatten(1, (self.end - self.start, -1)).masked_fill_(self.hidden, -torch.inf)
@@ -72,14 +78,14 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The segments of one pack, and what the CUDA kernel needs to know of them, built once."""
+    """The segments of one pack and the indices that the attention needs, each computed once."""
 
     segments: tuple[Segment, ...]
     device: torch.device
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest row: prefix and suffix."""
+        """Length of the longest row in tokens, prefix and suffix together."""
         return max(s.end - s.start + s.prefix_end - s.prefix_start for s in self.segments)
 
     @cached_property
@@ -94,7 +100,7 @@ class Layout:
 
     @cached_property
     def gather(self) -> Tensor:
-        """Key positions of every segment in turn: its prefix, then itself."""
+        """Key positions for the varlen kernel: each segment's prefix, then the segment itself."""
         parts = [
             torch.arange(a, b)
             for s in self.segments
@@ -104,7 +110,7 @@ class Layout:
 
     @cached_property
     def families(self) -> list[tuple[int, int, int, list[int]]]:
-        """Groups as (prefix start, prefix end, suffixes end, bounds of the suffixes)."""
+        """Groups as (prefix start, prefix end, group end, [prefix end, end of each suffix])."""
         families: list[tuple[int, int, int, list[int]]] = []
         for s in self.segments:
             if s.prefix_end == s.prefix_start:
@@ -116,7 +122,7 @@ class Layout:
 
     @cached_property
     def blocks(self) -> list[Block]:
-        """The pack in blocks of queries whose scores fit the cache."""
+        """The pack's queries, split into blocks whose scores fit the cache."""
         blocks: list[Block] = []
         for start, prefix_end, end, bounds in self.families:
             parts = [(start, prefix_end, start, [start])]
@@ -151,15 +157,15 @@ def shared_prefix_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a pack: query [1, H, T, D], key and value [1, G, T, D] → [1, T, H, D].
+    """Compute a pack's attention: query [1, H, T, D], key, value [1, G, T, D] → [1, T, H, D].
 
-    The interface that transformers' models call; they pass `layout` on untouched.
+    Implements transformers' attention interface; its models pass `layout` through unchanged.
     """
     assert attention_mask is None and dropout == 0.0 and query.shape[0] == 1
     window = sliding_window if sliding_window and sliding_window < layout.longest else None
     dtype = value.dtype
     if torch.is_autocast_enabled(query.device.type):
-        # As autocast does for torch's own attention: rotary embedding leaves query and key in fp32.
+        # Cast as autocast does for torch's attention: rotary embedding leaves q and k in fp32.
         dtype = torch.get_autocast_dtype(query.device.type)
     if query.device.type == "cpu" and window is None and softcap is None:
         with torch.autocast("cpu", enabled=False):
@@ -176,9 +182,10 @@ def shared_prefix_attention(
 def attend_last(
     query: Tensor, key: Tensor, value: Tensor, last: Tensor, layout: Layout, scaling: float
 ) -> Tensor:
-    """Attention of K single queries, each at the end of its segment: for the last layer's sake.
+    """Compute attention for K queries only, each the last token of its segment.
 
-    query [K, H, D] of the tokens at last [K]; key and value [1, G, T, D] → [K, H, D].
+    The last layer needs no other outputs. query [K, H, D], of the tokens at last [K]; key and value
+    [1, G, T, D] → [K, H, D].
     """
     k, v = key[0].to(value.dtype), value[0]
     query = (query * scaling).to(v.dtype).unflatten(1, (len(k), -1))
@@ -195,11 +202,11 @@ def attend_last(
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """Scores of a block of queries in one matrix product: for bf16 2 to 5 times the flash kernel.
+    """Attention by one matrix product per block; in bf16 2 to 5 times as fast as the flash kernel.
 
-    Takes queries that are scaled. Key/value heads are not expanded: the query heads of one are
-    rows of the same product. Nothing but the inputs is kept for the backward, which computes each
-    block's weights again.
+    Queries must already be scaled. Key/value heads are not expanded: the query heads that share one
+    are rows of the same product. Only the inputs are kept for the backward, which recomputes each
+    block's weights.
     """
 
     @staticmethod
@@ -218,7 +225,7 @@ class _BlockedAttention(torch.autograd.Function):
         q, k, v = _by_key_head(*ctx.saved_tensors)
         grad_out = grads[0][0].view_as(q)
         grad_q = torch.empty_like(q)
-        # Many blocks add to the same keys: in the weights' dtype the small ones would be lost.
+        # Many blocks add to the same keys: a bf16 sum would lose the small terms.
         exact = torch.promote_types(k.dtype, torch.float32)
         grad_k, grad_v = (torch.zeros(x.shape, dtype=exact) for x in (k, v))
         for block in ctx.layout.blocks:
@@ -237,7 +244,7 @@ class _BlockedAttention(torch.autograd.Function):
 
 
 def _by_key_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[1, H, T, D] and twice [1, G, T, D] → [T, G, H / G, D] and twice [G, T, D], contiguous."""
+    """Reorder q [1, H, T, D] to [T, G, H / G, D], k and v [1, G, T, D] to [G, T, D], contiguous."""
     by_token = q[0].transpose(0, 1).unflatten(1, (k.shape[1], -1))
     return by_token.contiguous(), k[0].contiguous(), v[0].contiguous()
 
@@ -245,7 +252,10 @@ def _by_key_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
 def _varlen(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float, window: int | None
 ) -> Tensor:
-    """One kernel call: a segment's keys are gathered prefix + itself, aligned bottom-right."""
+    """Compute attention in one kernel call with the causal mask aligned bottom-right.
+
+    Each segment's keys are gathered: its prefix, then the segment itself.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     out = varlen_attn(
@@ -273,7 +283,7 @@ def _masked(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """The definition, one segment at a time, scores and softmax written out."""
+    """Compute the reference: one segment at a time, with scores and softmax written out."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     outs = []
     for s in layout.segments:
@@ -295,11 +305,11 @@ def _masked(
 
 
 class _MergedAttention(torch.autograd.Function):
-    """CPU flash kernels per block of keys, merged by log-sum-exp; exact in both directions.
+    """Attention by CPU flash kernels per block of keys, merged by log-sum-exp; exact both ways.
 
-    Forward: a group's suffixes attend to the prefix in one call, each to itself in another; with
+    Forward: a group's suffixes attend to the prefix in one call and each to itself in another; with
     l = logaddexp(l₁, l₂) the merged output is e^(l₁-l)·o₁ + e^(l₂-l)·o₂. Backward: the flash kernel
-    recomputes its weights as exp(score - l), so giving it the *merged* output and l yields each
+    recomputes its weights as exp(score - l); given the *merged* output and l, it returns each
     block's exact share of the gradient (as in ring attention, Liu et al. 2023, arXiv:2310.01889).
     """
 
@@ -358,7 +368,7 @@ class _MergedAttention(torch.autograd.Function):
 
 
 def _blocks(layout: Layout) -> Iterator[tuple[slice, slice, bool]]:
-    """Every (queries, keys, causal) block: each segment on itself, suffixes on their prefix."""
+    """Yield each block as (queries, keys, causal): segments on themselves, suffixes on prefixes."""
     for start, prefix_end, end, bounds in layout.families:
         for a, b in pairwise([start, *bounds]):
             yield slice(a, b), slice(a, b), True
@@ -369,7 +379,7 @@ def _blocks(layout: Layout) -> Iterator[tuple[slice, slice, bool]]:
 def _flash(
     q: Tensor, k: Tensor, v: Tensor, at: slice, keys: slice, causal: bool, scaling: float
 ) -> Sequence[Tensor]:
-    """torch's CPU flash kernel: output [1, H, t, D] and log-sum-exp [1, H, t]."""
+    """Run torch's CPU flash kernel; return output [1, H, t, D] and log-sum-exp [1, H, t]."""
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     result: Sequence[Tensor] = flash(
         q[:, :, at], k[:, :, keys], v[:, :, keys], 0.0, causal, scale=scaling

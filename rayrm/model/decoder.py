@@ -1,9 +1,9 @@
-"""The layers of a Llama-shaped backbone, run for scoring on CPU in fewer passes.
+"""Run the layers of a Llama-shaped backbone for scoring on CPU, in fewer passes.
 
-transformers' layers run every projection, rotation and norm by itself and keep the residual stream
-in the weights' dtype. Here query, key and value are one matrix product, gate and up another, the
-residual stream is fp32, and the last layer computes only keys and values where no reward is read.
-Knows nothing of packs' plans or rewards' use; not for training.
+transformers' layers run each projection, rotation and norm separately and keep the residual stream
+in the weights' dtype. Here query, key and value are one matrix product, gate and up another; the
+residual stream is fp32; and the last layer's output is computed only where a reward is read. Not
+for training. Does not know how packs are planned or what rewards are used for.
 
 Shapes: T tokens of the pack, K responses, W width, H query heads, G key/value heads, D head size.
 """
@@ -24,7 +24,7 @@ from rayrm.model.attention import Layout, attend_last, shared_prefix_attention
 
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
 
-# What a layer's products are made of.
+# The projections that each of a layer's matrix products fuses.
 FUSED = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "out": ("self_attn.o_proj",),
@@ -39,7 +39,7 @@ def _exact(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Norm:
-    """Root mean square norm in fp32, out in the weights' dtype (Zhang and Sennrich 2019)."""
+    """A root mean square norm in fp32, cast to a given dtype (Zhang and Sennrich 2019)."""
 
     weight: Tensor
     eps: float
@@ -56,7 +56,10 @@ class Norm:
 
 @dataclass(frozen=True)
 class LowRank:
-    """b a x, which is added to what a layer gives for x: a [R, in], b [out, R], already scaled."""
+    """A low-rank update b·a·x that is added to a layer's output for x.
+
+    a: [R, in]. b: [out, R], with the adapter's scale applied.
+    """
 
     a: Tensor
     b: Tensor
@@ -66,13 +69,16 @@ class LowRank:
 
     @classmethod
     def beside(cls, parts: Sequence[LowRank | None], widths: Sequence[int]) -> LowRank | None:
-        """Those of projections of the same input, which are so wide, as one; None where all are."""
+        """Combine the updates of projections of the same input into one, or None if all are None.
+
+        widths: the projections' output widths.
+        """
         given = [part for part in parts if part]
         if not given:
             return None
-        nothing = given[0].b
+        first = given[0].b
         blocks = [
-            part.b if part else nothing.new_zeros(width, 0)
+            part.b if part else first.new_zeros(width, 0)
             for part, width in zip(parts, widths, strict=True)
         ]
         return cls(torch.cat([part.a for part in given]), torch.block_diag(*blocks))
@@ -80,7 +86,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Linear:
-    """Projections of the same input as one matrix product."""
+    """Projections of the same input, fused into one matrix product."""
 
     weight: Tensor
     bias: Tensor | None
@@ -89,10 +95,9 @@ class Linear:
     @classmethod
     def of(cls, *modules: nn.Linear) -> Linear:
         weight = torch.cat([module.weight.detach() for module in modules])
-        for module, part in zip(
-            modules, weight.split([m.out_features for m in modules]), strict=True
-        ):
-            module.weight.data = part  # one copy in memory, whoever uses it
+        parts = weight.split([module.out_features for module in modules])
+        for module, part in zip(modules, parts, strict=True):
+            module.weight.data = part  # a view, so that the weights are in memory once
         if modules[0].bias is None:
             return cls(weight, None)
         return cls(weight, torch.cat([module.bias.detach() for module in modules]))
@@ -104,7 +109,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer's weights; window: tokens that a query sees at most, None for all."""
+    """One decoder layer's weights. window: most tokens that a query sees, None for all."""
 
     module: Any
     window: int | None
@@ -120,23 +125,23 @@ class Layer:
     @classmethod
     def of(cls, module: Any, config: PretrainedConfig) -> Layer:
         a, mlp = module.self_attn, module.mlp
-        # Qwen's layers know whether they slide, Mistral's all do, Llama's never.
+        # Qwen's layers record their own window; Mistral's all slide, Llama's never do.
         window = getattr(config, "sliding_window", None) if config.model_type != "llama" else None
         return cls(
-            module,
-            getattr(a, "sliding_window", window),
-            Norm.of(module.input_layernorm),
-            Linear.of(a.q_proj, a.k_proj, a.v_proj),
-            Norm.of(a.q_norm) if hasattr(a, "q_norm") else None,
-            Norm.of(a.k_norm) if hasattr(a, "k_norm") else None,
-            Linear.of(a.o_proj),
-            Norm.of(module.post_attention_layernorm),
-            Linear.of(mlp.gate_proj, mlp.up_proj),
-            Linear.of(mlp.down_proj),
+            module=module,
+            window=getattr(a, "sliding_window", window),
+            norm_in=Norm.of(module.input_layernorm),
+            qkv=Linear.of(a.q_proj, a.k_proj, a.v_proj),
+            norm_q=Norm.of(a.q_norm) if hasattr(a, "q_norm") else None,
+            norm_k=Norm.of(a.k_norm) if hasattr(a, "k_norm") else None,
+            out=Linear.of(a.o_proj),
+            norm_mlp=Norm.of(module.post_attention_layernorm),
+            gate_up=Linear.of(mlp.gate_proj, mlp.up_proj),
+            down=Linear.of(mlp.down_proj),
         )
 
     def adapted(self, low_rank: Mapping[str, LowRank]) -> Layer:
-        """This layer, its weights shared, with matrices added to the projections of those names."""
+        """Return this layer with updates added to the named projections; weights are shared."""
         fused = {
             name: replace(
                 getattr(self, name),
@@ -151,7 +156,7 @@ class Layer:
 
 
 class Decoder:
-    """A backbone's layers, from token ids to what the head reads."""
+    """A backbone's layers, which turn token ids into the hidden states that the head reads."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         assert model.config.model_type in FAMILIES and model.device.type == "cpu"
@@ -168,22 +173,29 @@ class Decoder:
         self.exact = torch.promote_types(self.dtype, torch.float32)
 
     def adapted(self, low_rank: Mapping[str, LowRank]) -> Decoder:
-        """This decoder with matrices added to the linear layers that they are named after.
+        """Return a decoder with updates added to the linear layers that they are named after.
 
-        It shares all weights, and neither knows of the other.
+        Both decoders share all weights; this one stays unchanged.
         """
         projections = [part for parts in FUSED.values() for part in parts]
-        at = [{part: f"layers.{i}.{part}" for part in projections} for i in range(len(self.layers))]
-        assert low_rank.keys() <= {name for names in at for name in names.values()}
+        full_names = [
+            {part: f"layers.{i}.{part}" for part in projections} for i in range(len(self.layers))
+        ]
+        assert low_rank.keys() <= {name for names in full_names for name in names.values()}
         decoder = copy(self)
         decoder.layers = [
-            layer.adapted({part: low_rank[n] for part, n in names.items() if n in low_rank})
-            for layer, names in zip(self.layers, at, strict=True)
+            layer.adapted(
+                {part: low_rank[name] for part, name in names.items() if name in low_rank}
+            )
+            for layer, names in zip(self.layers, full_names, strict=True)
         ]
         return decoder
 
     def __call__(self, ids: Tensor, positions: Tensor, last: Tensor, layout: Layout) -> Tensor:
-        """int64 [T], [T], [K] → the last layer's normed output at `last`, fp32 or more [K, W]."""
+        """Return the last layer's normed output at `last`, fp32 or wider [K, W].
+
+        ids, positions: int64 [T]. last: int64 [K].
+        """
         x = self.embed(ids).to(self.exact)
         cos, sin = (
             table[0, :, None, : self.head_size // 2] for table in self.rotary(x, positions[None])
@@ -197,7 +209,7 @@ class Decoder:
     def finish(
         self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, last: Tensor, layout: Layout
     ) -> Tensor:
-        """The last layer, of whose output only the tokens at `last` are read."""
+        """Run the last layer and the final norm; return the tokens at `last` only."""
         q, k, v = self.project(layer, x, cos, sin)
         if layer.window is not None and layer.window < layout.longest:
             out = self.attend(layer, q, k, v, layout)[last]
@@ -218,7 +230,10 @@ class Decoder:
     def project(
         self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [T, H, D] and keys [T, G, D], rotated but not rounded, and values [T, G, D]."""
+        """Compute queries [T, H, D], keys [T, G, D] and values [T, G, D].
+
+        Queries and keys are rotated and stay in fp32 or wider.
+        """
         qkv = layer.qkv(layer.norm_in(x, self.dtype)).unflatten(-1, (-1, self.head_size))
         qk, v = qkv[:, : -self.key_heads].to(self.exact), qkv[:, -self.key_heads :]
         if layer.norm_q and layer.norm_k:
@@ -248,7 +263,10 @@ class Decoder:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021): x [T, ·, D] in halves, cos and sin [T, 1, D / 2]."""
+    """Apply rotary positions (Su et al. 2021) to the halves of D: x [T, ·, D].
+
+    cos, sin: [T, 1, D / 2].
+    """
     out = torch.empty_like(x)
     (a, b), (out_a, out_b) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
     torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)

@@ -1,7 +1,7 @@
-"""RewardModel: score prompts and responses in one process.
+"""Score prompts and responses in one process with RewardModel.
 
-Rows become ids, rows with one prompt become groups, groups become packs, packs become rewards.
-Knows nothing of Ray; a replica of the service holds one of these.
+Rows become ids, rows with the same prompt become groups, groups become packs, packs become rewards.
+Does not know about Ray; each replica of the service holds a RewardModel.
 """
 
 from __future__ import annotations
@@ -48,16 +48,17 @@ from rayrm.rows import (
 from rayrm.text.fingerprints import fingerprint
 from rayrm.text.template import Overlong, Template
 
-# Tokens. A pack of them stays in a core's cache, and there are enough packs for all cores.
+# Tokens per pack: few enough to stay in a core's cache and to give every core a pack.
 CPU_PACK = 2048
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """N rows as ids, gathered into groups.
+    """N rows as token ids, gathered into groups.
 
-    owners[g][i] is the row that the i-th response of group g came from; a row with an error is in
-    no group. tokens: int64 [N], of the row before its prompt was cut.
+    owners[g][i]: index of the row of response i in group g; a row with an error is in no group.
+    tokens: int64 [N], each row's length before its prompt was cut. errors: [N], None or the row's
+    RowError. truncated, unfinished: bool [N], prompt cut, response without its end.
     """
 
     groups: list[TokenGroup]
@@ -69,13 +70,13 @@ class Encoded:
 
 
 class RewardModel:
-    """A reward model, loaded to score; version names its weights and how rows are built.
+    """A reward model that is loaded for scoring.
 
-    export is its record, None where it was put together in this process. adapters: more rewards of
-    the same rows, by name, on the same backbone. deterministic: a row's
-    reward is a function of its ids alone, bit for bit, on the same hardware, versions and settings
-    of torch. Whatever else a kernel's sums could depend on is fixed: every row is a pack of its
-    own, which shares nothing, and on CPU it is computed on one thread.
+    version identifies its weights and how rows are built. export: its record, None if the model was
+    assembled in this process. adapters: further rewards of the same rows, by name, on the same
+    backbone. deterministic: a row's reward depends on its ids alone, bit for bit, on the same
+    hardware, versions and settings of torch. Everything else that a kernel's sums could depend on
+    is fixed: each row is a separate pack without a shared prefix, computed on one thread on CPU.
     """
 
     def __init__(
@@ -111,17 +112,19 @@ class RewardModel:
         tokens_per_pack: int = 8192,
         deterministic: bool = False,
     ) -> RewardModel:
-        """Load an export. auto: a GPU where there is one; bfloat16 where the device multiplies it
-        in hardware, else float32, whatever the weights have on disk.
+        """Load an export, or a third-party sequence-classification model.
 
-        adapters: more rewards, by name, as exports of LoRA runs from the base and with the template
-        of this one, which then is an adapter beside them: the base is loaded once.
+        device auto: a GPU if one is available. dtype auto: bfloat16 if the device multiplies it in
+        hardware, else float32, whatever dtype the weights have on disk. max_length defaults to the
+        training's.
 
-        Also loads a sequence-classification model that rayrm did not train, from a directory or a
-        hub name; a warning says what is assumed of it. max_length is the training's unless given.
-        Raises ExportError where the directory is missing, of a newer format, pickled, or not what
-        was recorded; ModelError for a model that is not scored exactly; ConfigError for a dtype or
-        max_length that cannot be, and for adapters that cannot share a backbone.
+        adapters: further rewards, by name, as exports of LoRA runs with this export's base and
+        template. This export is then loaded as an adapter too, and the base is loaded once.
+
+        A third-party model is a directory or a hub name; a warning lists what is assumed about it.
+        Raises ExportError if the directory is missing, has a newer format, holds pickled weights or
+        does not match its record; ModelError for a model that cannot be scored exactly; ConfigError
+        for an invalid dtype or max_length, and for adapters that cannot share a backbone.
         """
         if dtype not in ("auto", *DTYPES):
             raise ConfigError(f"dtype {dtype!r}: must be auto, {' or '.join(DTYPES)}")
@@ -199,16 +202,17 @@ class RewardModel:
         tools: Sequence[Tools | None] | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
     ) -> Rewards | dict[str, Rewards]:
-        """Rewards of N responses, each to the prompt at its place.
+        """Return the rewards of N responses, each to the prompt at the same index.
 
-        Or of groups: for each prompt a list of responses, whose rewards come one after the other.
-        Equal prompts are computed once, unless the model is deterministic. A row is text,
-        messages, or token ids, which are scored exactly as given. finished: False where the sampler
-        cut the response off. tools: for each prompt what can be called there, as JSON schemas, or
-        None. tokenizer: what made the ids, or its fingerprint; another tokenizer's ids are errors.
-        rewards: instead of this model's own reward, those of these names, each with its Rewards;
-        its own is "default", the others are its adapters'. A bad row gets its RowError and NaN, the
-        others are scored. Raises ValueError where the lists differ in length, UnknownReward.
+        groups: instead of responses, a list of responses for each prompt; rewards come in the same
+        order, one group after the other. Equal prompts are computed once, unless the model is
+        deterministic. A row is text, messages, or token ids, which are scored exactly as given.
+        finished: False where the sampler cut the response off. tools: for each prompt the tools
+        that it offers, as JSON schemas, or None. tokenizer: the tokenizer that made the ids, or its
+        fingerprint; ids of another tokenizer become errors. rewards: names of rewards to return, as
+        a dict of Rewards, instead of this model's own; "default" names its own, the other names are
+        its adapters'. A bad row gets its RowError and NaN; the other rows are scored. Raises
+        ValueError if the lists differ in length, UnknownReward if a name is unknown.
         """
         models = {name: self.named(name) for name in check_names(rewards)}
         rows = make_rows(prompts, responses, finished, groups, tools)
@@ -222,23 +226,23 @@ class RewardModel:
 
     @property
     def dtype(self) -> str:
-        """What the backbone computes in: bfloat16 or float32."""
+        """The dtype that the backbone computes in: bfloat16 or float32."""
         return str(self.net.autocast or self.net.model.dtype).removeprefix("torch.")
 
     @property
     def rewards(self) -> dict[str, RewardModel]:
-        """What computes each reward, by name."""
+        """The model that computes each reward, by name."""
         return {OWN: self, **self.adapters}
 
     def named(self, reward: str) -> RewardModel:
-        """What computes the reward of that name. Raises UnknownReward."""
+        """Return the model that computes a reward. Raises UnknownReward."""
         check_served([reward], self.adapters)
         return self.rewards[reward]
 
     def encode(
         self, rows: Sequence[Row], tokenizer: str | PreTrainedTokenizerBase | None = None
     ) -> Encoded:
-        """Rows → groups of ids; touches no weights."""
+        """Turn rows into groups of ids, without using the weights."""
         errors: list[RowError | None] = [None] * len(rows)
         tokens = np.zeros(len(rows), dtype=np.int64)
         truncated = np.zeros(len(rows), dtype=bool)
@@ -255,24 +259,27 @@ class RewardModel:
                 errors[i] = result
                 continue
             ids[i] = result
-            # A cut row starts elsewhere: beside uncut ones it would leave them nothing to share.
+            # A cut row starts elsewhere: in one group with whole rows, no prefix would be shared.
             key = prompt_key(row.prompt, row.tools)
             family = i if self.deterministic else (key, bool(truncated[i]))
             families.setdefault(family, []).append(i)
         owners = list(families.values())
         return Encoded(
-            [TokenGroup.from_rows([ids[i] for i in family]) for family in owners],
-            owners,
-            tokens,
-            errors,
-            truncated,
-            np.array([not row.finished for row in rows], dtype=bool),
+            groups=[TokenGroup.from_rows([ids[i] for i in family]) for family in owners],
+            owners=owners,
+            tokens=tokens,
+            errors=errors,
+            truncated=truncated,
+            unfinished=np.array([not row.finished for row in rows], dtype=bool),
         )
 
     def score_groups(
         self, groups: Sequence[TokenGroup], *, progress: bool = False
     ) -> list[NDArray[np.float32]]:
-        """Rewards of every group's responses, float32 [responses] each; with a bar if asked."""
+        """Return the rewards of each group's responses, float32 [responses].
+
+        progress: show a progress bar.
+        """
         budget = 0 if self.deterministic else self.tokens_per_pack
         parts = [(g, r) for g, group in enumerate(groups) for r in split_group(group, budget)]
         pieces = [groups[g].part(r) for g, r in parts]
@@ -281,25 +288,28 @@ class RewardModel:
         scored = self._score_packs([[pieces[p] for p in plan] for plan in plans])
         scored = tqdm(scored, "scoring", len(plans), unit="pack", disable=not progress)
         for plan, rewards in zip(plans, scored, strict=True):
+            taken = 0
             for p in plan:
-                (g, r), count = parts[p], len(pieces[p].suffixes)
-                values[g][r.start : r.stop], rewards = rewards[:count], rewards[count:]
+                g, responses = parts[p]
+                count = len(pieces[p].suffixes)
+                values[g][responses.start : responses.stop] = rewards[taken : taken + count]
+                taken += count
         return values
 
     def _plan(self, costs: Sequence[int]) -> list[list[int]]:
-        """Indices of pieces for each pack."""
-        if self.deterministic:  # the costliest first, so that no thread ends long after the others
+        """Return the indices of the pieces in each pack."""
+        if self.deterministic:  # costliest first, so that no thread ends long after the rest
             return [[p] for p in sorted(range(len(costs)), key=lambda p: -costs[p])]
         if self._on_cpu:
             return plan_for_threads(costs, self.tokens_per_pack)
         return plan_packs(costs, self.tokens_per_pack)
 
     def _score_packs(self, packs: Sequence[Sequence[TokenGroup]]) -> Iterator[NDArray[np.float32]]:
-        """Rewards of every pack in order; on CPU as many at once as there are threads."""
+        """Yield each pack's rewards, in order; on CPU one pack per thread runs at a time."""
         self.forwards += len(packs)
         threads = torch.get_num_threads()
         workers = min(threads, max(len(packs), 1)) if self._on_cpu else 1
-        # Some kernels cut their sums by the number of threads.
+        # Some kernels split their sums by the number of threads, which changes the rounding.
         share = 1 if self.deterministic and self._on_cpu else threads // workers
         if share == threads:
             yield from map(self._score_pack, packs)
@@ -308,7 +318,7 @@ class RewardModel:
             with ThreadPoolExecutor(workers, "scoring", torch.set_num_threads, (share,)) as pool:
                 yield from pool.map(self._score_pack, packs)
         finally:
-            torch.set_num_threads(threads)  # also what threads that come later begin with
+            torch.set_num_threads(threads)  # also the default of threads started later
 
     @torch.inference_mode()
     def _score_pack(self, groups: Sequence[TokenGroup]) -> NDArray[np.float32]:
@@ -320,7 +330,10 @@ class RewardModel:
         values: Sequence[NDArray[np.float32]],
         failed: Sequence[Mapping[int, RowError]] | None = None,
     ) -> Rewards:
-        """Groups' rewards back at their rows' places; and the errors of those that failed."""
+        """Return the groups' rewards in the order of the rows, with the errors of failed rows.
+
+        failed: for each group, errors by index of the response.
+        """
         rewards = np.full(len(encoded.errors), np.nan, dtype=np.float32)
         errors = list(encoded.errors)
         for g, owners in enumerate(encoded.owners):
@@ -331,11 +344,11 @@ class RewardModel:
             errors[i] = errors[i] or NonFiniteReward(f"the model gave {rewards[i]} for this row")
             rewards[i] = np.nan
         return Rewards(
-            rewards,
-            errors,
-            encoded.truncated,
-            encoded.unfinished,
-            [self.version] * len(errors),
+            values=rewards,
+            errors=errors,
+            truncated=encoded.truncated,
+            unfinished=encoded.unfinished,
+            versions=[self.version] * len(errors),
         )
 
     @property
@@ -347,16 +360,16 @@ class RewardModel:
             return None
         made_by = tokenizer if isinstance(tokenizer, str) else fingerprint(tokenizer)
         expected = self.template.spec.fingerprint
-        # The exported tokenizer may have a pad token more than the one its makers published.
+        # The exported tokenizer may have a pad token that the published one lacks.
         if made_by == expected or made_by == fingerprint(self.template.tokenizer):
             return None
         return InvalidTokenIds(
-            f"the ids' tokenizer has fingerprint {made_by[:12]!r}…, the reward model's is "
-            f"{expected[:12]}…: decode them and send text"
+            f"the ids' tokenizer has fingerprint {made_by[:12]!r}…, the reward model's has "
+            f"{expected[:12]}…: decode the ids and send text"
         )
 
 
 def plan_for_threads(costs: Sequence[int], budget: int) -> list[list[int]]:
-    """As plan_packs, in small packs of about equal cost, so that no thread waits for another."""
+    """Plan small packs of about equal cost, so that no thread waits for another."""
     shares = share_packs(costs, torch.get_num_threads(), min(budget, CPU_PACK))
     return [pack for turn in zip(*shares, strict=True) for pack in turn if pack]

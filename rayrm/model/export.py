@@ -1,8 +1,8 @@
-"""The export: a Hugging Face sequence-classification directory and one rayrm.json beside it.
+"""Read, write and publish exports: Hugging Face classification directories with a rayrm.json.
 
-The only thing that passes from training to serving. rayrm.json says how rows are built, what the
-weights hash to, how the model was evaluated and where it came from; it is written last, so a
-directory that has one is whole. Knows nothing of how a model is trained or run.
+An export is all that passes from training to serving. rayrm.json records how rows are built, the
+weights' hash, the evaluation and where the model came from; it is written last, so a directory that
+has one is complete. Does not know how a model is trained or run.
 """
 
 from __future__ import annotations
@@ -26,21 +26,26 @@ from transformers import AutoTokenizer
 
 from rayrm.errors import ExportError
 from rayrm.files import cache_directory, move_directory, whole_file
+from rayrm.model.architecture import CONFIG, fingerprint_config
 from rayrm.text.clock import reads_clock, stop_clocks
 from rayrm.text.fingerprints import SETTINGS, TEMPLATE, fingerprint_text, read_chat_templates
 from rayrm.text.template import Template, TemplateSpec
 
-# 2: adapter. 3: text_to_ids, and of the template rule, thoughts and ends.
-FORMAT_VERSION = 3
+# Version 2 added adapter; 3 added text_to_ids and the template's rule, thoughts and ends; 4 added
+# config_sha256.
+FORMAT_VERSION = 4
 RECORD = "rayrm.json"
 
-# Seconds after which a file's times tell whether it was written again.
+# Day that the clocks of templates from the hub show: Llama 3.1's without a clock writes this one.
+DATE_OF_HUB = datetime(2024, 7, 26, tzinfo=UTC)
+
+# Age in seconds from which another write is sure to change a file's timestamps.
 SETTLED_S = 10.0
 
-# Files that hold weights: large, and told apart by their size where they are far away.
+# Suffixes of weight files: large, so remote ones are compared by their size only.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
-# What models end a text or a turn with.
+# Tokens with which known models end a text or a turn.
 _KNOWN_ENDS = set(
     [
         "<|endoftext|>",
@@ -55,15 +60,16 @@ _KNOWN_ENDS = set(
     ]
 )
 
-# The adapter by itself, in the format of peft, below a LoRA run's export.
+# Subdirectory of a LoRA run's export with the unmerged adapter, in peft's format.
 ADAPTER = "adapter"
 
 
 class AdapterRecord(BaseModel):
-    """What the adapter of an export is and belongs on.
+    """The record of an export's adapter and of the base that it belongs to.
 
-    base names the model whose backbone was frozen; backbone_sha256 is over that backbone's weights
-    in the export's dtype. The adapter's low-rank products are multiplied by scale.
+    base: the model whose backbone was frozen. backbone_sha256: over that backbone's weights in the
+    export's dtype. weights_sha256: over the adapter's weights. scale: factor of the adapter's
+    low-rank products.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -77,14 +83,14 @@ class AdapterRecord(BaseModel):
 class Export(BaseModel):
     """The contents of rayrm.json.
 
-    text_to_ids: hash of what the tokenizer's files make of text (fingerprints.py), taken from the
-    files whenever the export is read. adapter: of a LoRA run, what is in adapter/ besides the
-    merged weights.
-    reward_mean and reward_std are over the held-out responses (None without held-out data);
-    evaluation is summarize's dict; rounding: how far rewards moved when the weights were rounded to
-    dtype and computed in the run's (mean_abs, max_abs over so many held-out rows); history holds
-    the figures of every optimizer step; provenance names base model, data fingerprint, config and
-    versions.
+    text_to_ids: hash of how the tokenizer's files turn text into ids (fingerprints.py).
+    config_sha256: hash of what config.json makes of the weights (architecture.py). Both are
+    computed from the files whenever the export is read. adapter: record of the unmerged adapter of
+    a LoRA run, None without LoRA. reward_mean, reward_std: over the held-out responses, None
+    without held-out data. evaluation: summarize's dict. rounding: mean_abs and max_abs, how far the
+    rewards of `rows` held-out rows moved when the weights were rounded to dtype and computed in the
+    run's dtype. history: the figures of every optimizer step. provenance: base model, data
+    fingerprint, config and versions.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -95,6 +101,7 @@ class Export(BaseModel):
     template: TemplateSpec
     weights_sha256: str
     text_to_ids: str = ""
+    config_sha256: str = ""
     adapter: AdapterRecord | None = None
     reward_mean: float | None = None
     reward_std: float | None = None
@@ -105,14 +112,14 @@ class Export(BaseModel):
 
     @property
     def version(self) -> str:
-        """Name and content hash: equal exactly if the same rows get the same rewards."""
+        """Name and content hash; equal exactly if the same rows get the same rewards."""
         return self._named(self.weights_sha256)
 
     @property
     def adapter_version(self) -> str:
-        """The version of the adapter on its backbone, which rounds otherwise than merged weights.
+        """Version of the adapter on its backbone, which rounds differently from merged weights.
 
-        Of exports that have an adapter.
+        Only for exports that have an adapter.
         """
         assert self.adapter
         return self._named(
@@ -121,20 +128,26 @@ class Export(BaseModel):
 
     @property
     def old_versions(self) -> set[str]:
-        """What format versions 1 and 2 called this export, and its adapter, by fewer of its parts.
+        """Versions of this export and its adapter by formats 1 to 3, which hashed fewer fields.
 
-        A record that has one of them goes on: the weights are the same.
+        A serving record with one of them stays valid: the weights are the same.
         """
         spec = asdict(self.template)
-        known = {k: spec[k] for k in ("format", "separator", "max_length", "fingerprint")}
-        weights = [self.weights_sha256]
+        of_format_2 = {k: spec[k] for k in ("format", "separator", "max_length", "fingerprint")}
+        hashed = [json.dumps(of_format_2), json.dumps(spec) + self.text_to_ids]
+        hashes = [self.weights_sha256]
         if adapter := self.adapter:
-            weights.append(f"{adapter.backbone_sha256}{adapter.weights_sha256}{adapter.scale}")
-        return {self._hashed(of + self.dtype + json.dumps(known)) for of in weights}
+            hashes.append(f"{adapter.backbone_sha256}{adapter.weights_sha256}{adapter.scale}")
+        return {self._hashed(weights + self.dtype + more) for weights in hashes for more in hashed}
+
+    def has_version(self, version: str) -> bool:
+        """Return whether the export, or its adapter on its backbone, has or had that version."""
+        names = {self.version, *self.old_versions}
+        return version in (names | {self.adapter_version} if self.adapter else names)
 
     def _named(self, weights: str) -> str:
         template = json.dumps(asdict(self.template))
-        return self._hashed(weights + self.dtype + template + self.text_to_ids)
+        return self._hashed(weights + self.dtype + template + self.text_to_ids + self.config_sha256)
 
     def _hashed(self, content: str) -> str:
         return f"{self.name}@{hashlib.sha256(content.encode()).hexdigest()[:12]}"
@@ -145,9 +158,9 @@ class Export(BaseModel):
 
 
 def read_export(path: str | Path) -> tuple[Path, Export]:
-    """An export's local directory (a remote one is fetched) and its record, hash checked.
+    """Fetch an export if it is remote; return its local directory and its record.
 
-    Raises ExportError.
+    Checks the hash of the weights. Raises ExportError.
     """
     directory = _fetch(str(path)) if "://" in str(path) else Path(path)
     record = directory / RECORD
@@ -166,22 +179,22 @@ def read_export(path: str | Path) -> tuple[Path, Export]:
             f"the weights in {directory} are not the ones {RECORD} records: sha256 {found[:12]}…, "
             f"recorded {export.weights_sha256[:12]}…"
         )
-    return directory, with_text_to_ids(directory, export)
+    return directory, with_fingerprints(directory, export)
 
 
 def read_identity(path: str) -> tuple[Path, Export]:
-    """As read_export, of an export at a path or URI; neither fetches nor reads its weights.
+    """Return the directory and record of an export at a path or URI, without its weights.
 
-    Raises ExportError.
+    Like read_export, but weights are neither fetched nor read. Raises ExportError.
     """
     directory = _fetch(path, merged=False) if "://" in path else Path(path)
-    return directory, with_text_to_ids(directory, read_record(str(directory)))
+    return directory, with_fingerprints(directory, read_record(str(directory)))
 
 
 def load_template(directory: Path, export: Export, max_length: int | None = None) -> Template:
-    """How the rows of a reward model in a directory are built; max_length: instead of its own.
+    """Load the template that builds the rows of the reward model in a directory.
 
-    Raises ExportError where the tokenizer cannot be loaded.
+    max_length replaces the export's. Raises ExportError if the tokenizer cannot be loaded.
     """
     spec = replace(export.template, max_length=max_length or export.template.max_length)
     try:
@@ -189,42 +202,52 @@ def load_template(directory: Path, export: Export, max_length: int | None = None
     except (OSError, ValueError) as error:
         raise ExportError(f"{directory} has no tokenizer that can be loaded: {error}") from None
     stop_clocks(tokenizer, clock_of(directory, export.provenance))
-    if export.format_version < 3:  # it does not tell what else ends a text for its base
+    if export.format_version < 3:  # does not record the base's end tokens
         special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
         spec = replace(spec, ends=tuple(sorted(special & _KNOWN_ENDS)))
     return Template(tokenizer, spec)
 
 
 def clock_of(directory: Path, provenance: Mapping[str, Any]) -> datetime:
-    """The day at which a chat template's clock is stopped: the export's, or else its files'."""
+    """Return the day at which to stop a chat template's clock: the export's or its files' date.
+
+    Files of the hub are dated by their download, which differs between nodes: DATE_OF_HUB instead.
+    """
     if created := provenance.get("created"):
         moment = datetime.fromisoformat(created)
+    elif directory.parent.name == "snapshots":
+        moment = DATE_OF_HUB
     else:
         files = [f for f in (directory / name for name in (TEMPLATE, *SETTINGS)) if f.exists()]
         moment = datetime.fromtimestamp(files[0].stat().st_mtime if files else 0, UTC)
     return moment.replace(hour=0, minute=0, second=0, microsecond=0)
 
 
-def with_text_to_ids(directory: Path, export: Export) -> Export:
-    """The record with the hash of what the tokenizer's files beside it make of text."""
+def with_fingerprints(directory: Path, export: Export) -> Export:
+    """Return the record with text_to_ids and config_sha256 of the files in the directory."""
     at = clock_of(directory, export.provenance)
     if any(map(reads_clock, read_chat_templates(directory).values())):
         warnings.warn(
-            f"the chat template in {directory} reads the clock, on which no reward may depend: it "
-            f"is stopped at {at:%d %B %Y}, the date of its files",
+            f"the chat template in {directory} reads the clock, but rewards must not depend on the "
+            f"date: its clock is stopped at {at:%d %B %Y}",
             stacklevel=4,
         )
     try:
         found = fingerprint_text(directory, at)
     except (ValueError, KeyError, TypeError) as error:
         raise ExportError(f"the tokenizer's files in {directory} are damaged: {error!r}") from None
-    return export.model_copy(update={"text_to_ids": found})
+    try:
+        config = fingerprint_config(directory)
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{directory / CONFIG} is missing or damaged: {error}") from None
+    return export.model_copy(update={"text_to_ids": found, "config_sha256": config})
 
 
 def read_adapter(path: str | Path) -> tuple[Path, Export]:
-    """As read_export, for the sake of the adapter: merged weights are neither fetched nor read.
+    """Return an export's local directory and record, for the use of its adapter alone.
 
-    Raises ExportError, also where the export has no adapter.
+    Like read_export, but checks the adapter's hash; merged weights are neither fetched nor read.
+    Raises ExportError, also if the export has no adapter.
     """
     remote = "://" in str(path)
     directory = _fetch(str(path), merged=False) if remote else Path(path)
@@ -232,7 +255,7 @@ def read_adapter(path: str | Path) -> tuple[Path, Export]:
     if export.adapter is None:
         raise ExportError(
             f"{path} has no adapter: only exports of runs with lora.rank above 0 have one, since "
-            f"format version 2 (this is {export.format_version})"
+            f"format version 2 (this one has version {export.format_version})"
         )
     found, recorded = hash_weights(directory / ADAPTER), export.adapter.weights_sha256
     if found != recorded:
@@ -240,11 +263,11 @@ def read_adapter(path: str | Path) -> tuple[Path, Export]:
             f"the adapter in {directory / ADAPTER} is not the one {RECORD} records: sha256 "
             f"{found[:12]}…, recorded {recorded[:12]}…"
         )
-    return directory, with_text_to_ids(directory, export)
+    return directory, with_fingerprints(directory, export)
 
 
 def read_record(path: str) -> Export:
-    """The record alone of an export at a path or URI. Raises ExportError."""
+    """Return only the record of an export at a path or URI. Raises ExportError."""
     try:
         filesystem, inside = fs.FileSystem.from_uri(
             path if "://" in path else str(Path(path).absolute())
@@ -275,7 +298,7 @@ def _parse(content: bytes, where: object) -> Export:
 
 
 def hash_weights(directory: Path) -> str:
-    """sha256 over the safetensors files, in the order of their names."""
+    """Return the sha256 over the safetensors files, in the order of their names."""
     digest = hashlib.sha256()
     for file in sorted(directory.glob("*.safetensors")):
         digest.update(hash_file(file))
@@ -283,10 +306,10 @@ def hash_weights(directory: Path) -> str:
 
 
 def hash_file(file: Path) -> bytes:
-    """sha256 of a file, remembered in the user's cache for as long as the file is left alone.
+    """Return the sha256 of a file, kept in the user's cache until the file changes.
 
-    A file that was written within the last seconds is not remembered: a second write could leave
-    its times as they are.
+    The hash of a file written within the last SETTLED_S seconds is not kept: another write could
+    leave its timestamps unchanged.
     """
     status = file.stat()
     times = status.st_mtime_ns, status.st_ctime_ns
@@ -303,7 +326,7 @@ def hash_file(file: Path) -> bytes:
 
 
 def write_model_card(directory: Path, export: Export) -> None:
-    """README.md with the front matter that the Hugging Face hub reads."""
+    """Write README.md with the front matter that the Hugging Face hub reads."""
     evaluation, provenance = export.evaluation, export.provenance
     accuracy = evaluation.get("accuracy")
     lines = [
@@ -333,11 +356,11 @@ def write_model_card(directory: Path, export: Export) -> None:
         )
     if export.adapter:
         lines.append(
-            f"| adapter by itself | `{ADAPTER}/`, for peft; version `{export.adapter_version}` |"
+            f"| unmerged adapter | `{ADAPTER}/`, for peft; version `{export.adapter_version}` |"
         )
     if export.rounding:
         lines.append(
-            f"| moved by rounding to {export.dtype} | {export.rounding['mean_abs']:.2g} on "
+            f"| reward change by rounding to {export.dtype} | {export.rounding['mean_abs']:.2g} on "
             f"average, {export.rounding['max_abs']:.2g} at most, on {export.rounding['rows']} "
             "held-out rows |"
         )
@@ -355,10 +378,10 @@ directory as `AutoModelForSequenceClassification`; pass `dtype="float32"` to kee
 
 
 def _fetch(uri: str, *, merged: bool = True) -> Path:
-    """Copy a remote export into the user's cache, once per content; or all but merged weights.
+    """Copy a remote export into the user's cache, once per content; return the directory.
 
-    The record and the tokenizer's files are read each time: they may have changed beside weights
-    that have not.
+    merged=False leaves out the merged weights. The record and the tokenizer's files are read each
+    time: they may change while the weights stay the same.
     """
     try:
         remote, path = fs.FileSystem.from_uri(uri)
@@ -388,7 +411,7 @@ def _fetch(uri: str, *, merged: bool = True) -> Path:
 
 
 def _files(remote: fs.FileSystem, path: str) -> dict[str, fs.FileInfo]:
-    """The files of a remote directory, by their path inside it."""
+    """Return the files of a remote directory by their path inside it."""
     found = remote.get_file_info(fs.FileSelector(path, recursive=True))
     return {str(Path(f.path).relative_to(path)): f for f in found if f.is_file}
 
@@ -399,9 +422,9 @@ def _read(remote: fs.FileSystem, file: fs.FileInfo) -> bytes:
 
 
 def publish(directory: Path, target: str) -> None:
-    """Move a finished export to its place: by one rename, or remotely with rayrm.json last.
+    """Move a finished export to its target: by one rename, or to a URI with rayrm.json last.
 
-    Raises ExportError where something else has that place, and says where the export is instead.
+    Raises ExportError if something else is at the target; the message says where the export is.
     """
     if "://" not in target:
         staged = Path(target).with_name(f".{Path(target).name}.{uuid4().hex}")
@@ -432,5 +455,5 @@ def _rename(source: Path, target: Path) -> None:
 def _check_same(published: bytes, record: bytes, target: object, kept: Path) -> None:
     if not published or _parse(published, target).version != _parse(record, kept).version:
         raise ExportError(
-            f"{target} exists and is not this export, which is at {kept}: move one of them away"
+            f"{target} exists and is not this export, which is at {kept}: move one of the two away"
         )

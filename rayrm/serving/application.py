@@ -1,6 +1,6 @@
-"""The Serve application as a graph: replicas, an HTTP endpoint in front of them, autoscaling.
+"""Build the Serve application: replicas, their autoscaling, and an HTTP endpoint for them.
 
-build() makes it from a Serve config. Knows nothing of what is served already.
+build() is the entry point of a Serve config. Does not know what is served already.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rayrm.serving.transports.handle import REPLICA
 # Serve's default of 5 would leave a replica nothing to merge; its own queue counts tokens instead.
 MAX_ONGOING_REQUESTS = 1024
 
-# What a Serve config has its own keys for.
+# Fields of ServeConfig that a Serve config sets elsewhere, and where.
 ELSEWHERE = {
     "app": "the application's name",
     "http.host": "http_options.host",
@@ -32,27 +32,28 @@ ELSEWHERE = {
 
 
 def build(args: dict[str, Any]) -> Application:
-    """The application from a Serve config's args, which are ServeConfig's fields.
+    """Build the application from a Serve config's args, which are ServeConfig's fields.
 
-    For `import_path: rayrm.serving.application:build`. Raises ConfigError, also for a field that
-    has its place elsewhere in a Serve config and would mean nothing here.
+    Used as `import_path: rayrm.serving.application:build`. Raises ConfigError, also for a field
+    that a Serve config sets elsewhere and that has no effect here.
     """
     config = ServeConfig(**args)
     given = config.model_fields_set | {f"http.{key}" for key in config.http.model_fields_set}
-    if misplaced := sorted(given & ELSEWHERE.keys()):
+    misplaced = sorted(given & ELSEWHERE.keys())
+    if misplaced:
         raise ConfigError(
-            f"{misplaced[0]} has no effect in args: a Serve config says it with "
-            f"{ELSEWHERE[misplaced[0]]}"
+            f"{misplaced[0]} has no effect in args: set {ELSEWHERE[misplaced[0]]} in the Serve "
+            "config"
         )
     named = {f"adapters.{name}": path for name, path in config.adapters.items()}
     for key, path in {"export": config.export, **named}.items():
         if "://" not in path and not Path(path).is_absolute():
-            raise ConfigError(f"{key} = {path!r}: must be absolute, or a URI, in args")
+            raise ConfigError(f"{key} = {path!r}: must be absolute or a URI in args")
     return application(config)
 
 
 def application(config: ServeConfig) -> Application:
-    """The application, not yet deployed."""
+    """Return the application, not yet deployed."""
     actor_options: dict[str, Any] = {
         "num_cpus": config.cpus_per_replica,
         "num_gpus": config.gpus_per_replica,
@@ -64,15 +65,15 @@ def application(config: ServeConfig) -> Application:
         ray_actor_options=actor_options,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         health_check_period_s=min(10.0, config.hang_timeout_s),
-        # A pack that is not finished by then has hung; clients send again what is dropped.
+        # A pack that is still running by then has hung; clients resend dropped chunks.
         graceful_shutdown_timeout_s=min(20.0, config.hang_timeout_s),
         graceful_shutdown_wait_loop_s=0.5,
-        logging_config={"enable_access_log": False},  # a line a chunk
+        logging_config={"enable_access_log": False},  # one line per chunk
     )
     replicas = deployment(Replica).bind(config)
     if not config.http.enabled:
         return replicas
-    # It reads the export's tokenizer, so it stays where replicas are; it computes next to nothing.
+    # It reads the export's tokenizer, so it runs where replicas do; it needs almost no CPU.
     endpoint = serve.deployment(
         ray_actor_options={"num_cpus": 0, "label_selector": config.labels},
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
@@ -82,7 +83,7 @@ def application(config: ServeConfig) -> Application:
 
 
 def scale(config: ServeConfig) -> dict[str, Any]:
-    """Serve's options for the number of replicas."""
+    """Return Serve's options for the number of replicas."""
     wanted = config.autoscale
     if wanted.max_replicas is None:
         return {"num_replicas": config.replicas}

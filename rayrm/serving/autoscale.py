@@ -1,4 +1,4 @@
-"""How many replicas an application should have: as many as callers' outstanding tokens need.
+"""Compute the number of replicas that an application's outstanding tokens need.
 
 Serve's controller runs the policy in its own process, so this module imports nothing of rayrm.
 """
@@ -10,22 +10,22 @@ from collections.abc import Mapping
 from typing import Any
 
 OUTSTANDING = "outstanding_tokens"
-"""What each replica reports: tokens of the chunks that it has itself and has not answered."""
+"""Key in a replica's report: tokens of the chunks that it holds and has not answered."""
 
 WAITING = "waiting_tokens/"
-"""And with a step's name behind it: tokens of that step that no replica has yet."""
+"""Prefix of keys that end in a step's name: tokens of that step that no replica has admitted."""
 
-# How often replicas report, and for how long Serve keeps what they did: it asks them every fifth of
-# that. Steps may take seconds, and so must reports that are added up be of about the same time.
+# Seconds between reports, and seconds that Serve keeps them; it collects them every fifth of that.
+# A step may take only seconds, so reports that are added up must be about equally old.
 REPORT_S = 2.0
 LOOK_BACK_S = 5 * REPORT_S
 
 
 class OutstandingTokens:
-    """A Serve autoscaling policy: a replica for every tokens_per_replica that are outstanding.
+    """A Serve autoscaling policy: one replica for every tokens_per_replica outstanding tokens.
 
-    Without replicas nobody reports, and a request that waits is answered with one. Until the first
-    report, some seconds after a replica started, nothing changes.
+    Without replicas nothing is reported, so a queued request starts one. Until the first report,
+    some seconds after a replica started, the number of replicas stays the same.
     """
 
     def __init__(self, tokens_per_replica: int) -> None:
@@ -33,7 +33,8 @@ class OutstandingTokens:
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
         if context.current_num_replicas == 0:
-            return int(context.total_queued_requests > 0), {}
+            wanted = 1 if context.total_queued_requests > 0 else 0
+            return wanted, {}
         outstanding = add_up(context.raw_metrics or {})
         if outstanding is None:
             return context.current_num_replicas, {}
@@ -41,19 +42,24 @@ class OutstandingTokens:
 
 
 def add_up(reports: Mapping[str, Mapping[Any, Any]]) -> float | None:
-    """Tokens that are outstanding, from time series by name and replica; None without a report.
+    """Add up outstanding tokens from time series by key and replica; None without a report.
 
-    A chunk is at one replica, so what they have is added. Of a step that waits several have heard,
-    and what waits becomes less: the smallest figure is the latest, and counts once. A step that is
-    not in a replica's latest report is over there; its series stays for a while.
+    A chunk is at one replica, so the replicas' own tokens are added. Several replicas may report
+    the same waiting step, whose tokens only decrease: the smallest figure is the latest, and counts
+    once. A step that is missing in a replica's latest report has ended there, although Serve keeps
+    its series for a while.
     """
-    of_replica = {r: series[-1] for r, series in reports.get(OUTSTANDING, {}).items() if series}
-    if not of_replica:
+    newest = {r: series[-1] for r, series in reports.get(OUTSTANDING, {}).items() if series}
+    if not newest:
         return None
-    outstanding: float = sum(latest.value for latest in of_replica.values())
-    for name, series_of in reports.items():
-        if name.startswith(WAITING):
-            said = [(of_replica.get(r), series[-1]) for r, series in series_of.items() if series]
-            now = [last.value for at, last in said if at and last.timestamp == at.timestamp]
-            outstanding += min(now, default=0.0)
+    outstanding: float = sum(report.value for report in newest.values())
+    for name, series_by_replica in reports.items():
+        if not name.startswith(WAITING):
+            continue
+        waiting = []
+        for replica, series in series_by_replica.items():
+            report = newest.get(replica)
+            if series and report and series[-1].timestamp == report.timestamp:
+                waiting.append(series[-1].value)
+        outstanding += min(waiting, default=0.0)
     return outstanding

@@ -1,8 +1,8 @@
-"""What passes between client and replica: a step of rows, cut into chunks of flat arrays.
+"""Cut a step of rows into chunks, the flat arrays that a client sends to replicas.
 
-Equal rows are sent once, a group stays in one chunk, chunks cost about the same. Knows nothing of
-Ray, of tokenizers or of models: a token is taken to be four bytes, which ids are exactly and
-English text is nearly.
+Equal rows are sent once, a group stays in one chunk if it fits, and chunks cost about the same.
+Does not know about Ray, tokenizers or models: a token is counted as four bytes, which is exact for
+ids and close for English text.
 """
 
 from __future__ import annotations
@@ -23,29 +23,30 @@ from rayrm.rows import Rewards, Row, Tokens, check_row, is_ids
 
 BYTES_PER_TOKEN = 4
 
-# A chunk is half a pack at most: a pack is two of them, and what a slow or dying replica has of a
-# step is little. The last of a step, which one replica computes while the others wait, are small.
+# A chunk is at most half a pack, so that a slow or dying replica holds little of a step, and other
+# replicas wait only briefly for the last chunk.
 CHUNKS_PER_PACK = 2
 MIN_CHUNK_TOKENS = 1024
 
-# Where nothing is known of packs.
+# Maximum chunk if the size of packs is unknown.
 MAX_CHUNK_TOKENS = 131072
 
-# For every replica: enough that none waits for the last one, and that a pack is there to be
-# computed while the next is on its way.
+# Chunks per replica, cut from a step and in flight: enough that replicas end together, and that one
+# pack is queued while the next is on its way.
 CHUNKS_PER_REPLICA = 4
 
-# A group is cut only where computing its prompt again costs an eighth of the piece at most.
+# Minimum size of a split group's pieces, in lengths of its prompt: computing the prompt again then
+# costs at most an eighth of a piece.
 MIN_PROMPTS_PER_PIECE = 8
 
 TEXT, IDS, JSON, TOOLS = range(4)
 
 Payload = tuple[int, bytes]
-"""A prompt or response on the wire: what it is, and its bytes. TOOLS: a prompt and its tools."""
+"""A prompt or response on the wire: (kind, bytes). TOOLS: a prompt and its tools, as JSON."""
 
 
 def to_payload(value: Text | Tokens) -> Payload:
-    """utf-8 of a text, int32 of token ids; JSON of messages, and of ids that no int32 holds."""
+    """Encode text as UTF-8, token ids as int32, and messages or ids beyond int32 as JSON."""
     if isinstance(value, str):
         return TEXT, value.encode()
     if not is_ids(value):
@@ -57,14 +58,17 @@ def to_payload(value: Text | Tokens) -> Payload:
 
 
 def prompt_payload(row: Row) -> Payload:
-    """A row's prompt and the tools beside it, as JSON where there are any."""
+    """Encode a row's prompt; if it has tools, together with them, as JSON."""
     if not row.tools:
         return to_payload(row.prompt)
     return TOOLS, json.dumps([row.prompt, row.tools]).encode()
 
 
 def from_payload(kind: int, data: NDArray[np.uint8]) -> Text | Tokens:
-    """What to_payload was given, token ids as an int32 array."""
+    """Decode a payload: the inverse of to_payload, with token ids as an int32 array.
+
+    TOOLS gives the list [prompt, tools].
+    """
     if kind == IDS:
         return data.view(np.int32)
     text = data.tobytes().decode()
@@ -73,7 +77,10 @@ def from_payload(kind: int, data: NDArray[np.uint8]) -> Text | Tokens:
 
 @dataclass(frozen=True)
 class Column:
-    """Payloads end to end: kinds uint8 [n], data uint8 [bytes], ends int64 [n] into data."""
+    """N payloads, concatenated.
+
+    kinds: uint8 [N]. data: uint8 [bytes]. ends: int64 [N], the end of each payload in data.
+    """
 
     kinds: NDArray[np.uint8]
     data: NDArray[np.uint8]
@@ -92,12 +99,12 @@ class Column:
 
     @property
     def tokens(self) -> NDArray[np.float64]:
-        """Of each, about."""
+        """Approximate token count of each payload, float64 [N]."""
         return np.diff(self.ends, prepend=0) / BYTES_PER_TOKEN
 
     @property
     def hashes(self) -> NDArray[np.int64]:
-        """Of each, equal for equal ones in this process."""
+        """Hash of each payload, int64 [N]; comparable only within this process."""
         return np.array([hash(part.tobytes()) for part in self._parts()], dtype=np.int64)
 
     def _parts(self) -> Iterator[NDArray[np.uint8]]:
@@ -106,9 +113,11 @@ class Column:
 
 @dataclass(frozen=True)
 class Chunk:
-    """N rows on their way to a replica. prompts: each once; prompt_of: int32 [N] into them.
+    """N distinct rows, as sent to a replica.
 
-    copies: int32 [N], how many equal rows of the step it stands for.
+    prompts: each distinct prompt once. prompt_of: int32 [N], index of each row's prompt. responses:
+    N payloads. finished: bool [N]. copies: int32 [N], number of equal rows in the step. tokenizer:
+    fingerprint of the tokenizer that made the ids, None if unknown.
     """
 
     prompts: Column
@@ -120,7 +129,7 @@ class Chunk:
 
     @property
     def cost(self) -> int:
-        """Tokens, about."""
+        """Approximate number of tokens, each prompt once."""
         return (len(self.prompts.data) + len(self.responses.data)) // BYTES_PER_TOKEN
 
     def rows(self) -> list[Row]:
@@ -136,14 +145,14 @@ class Chunk:
 
 
 Key = tuple[Payload, Payload, bool]
-"""Prompt with its tools, response, finished: rows of one key are one row."""
+"""Prompt with its tools, response, finished; rows with equal keys are sent once."""
 
 Arrival = tuple[NDArray[np.int64], Rewards]
-"""Places in a step, and the rewards of the rows there."""
+"""Indices of rows in a step, int64 [n], and their rewards."""
 
 
 class Step:
-    """N rows of one call: what of them to send, and where the rewards belong."""
+    """The N rows of one call: deduplicate them, cut them into chunks and collect their rewards."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
@@ -159,9 +168,9 @@ class Step:
             self.places.setdefault(key, []).append(i)
 
     def cut(self, replicas: int, tokens_per_pack: int) -> list[list[Key]]:
-        """The distinct rows as chunks of about equal cost, costliest first.
+        """Return the distinct valid rows as chunks of about equal cost, costliest first.
 
-        tokens_per_pack: the replicas', 0 where they have none.
+        tokens_per_pack: the replicas' token budget of a pack, 0 if unknown.
         """
         groups: dict[Payload, list[Key]] = {}
         for key in self.places:
@@ -172,11 +181,11 @@ class Step:
         size = np.clip(total / (CHUNKS_PER_REPLICA * replicas), MIN_CHUNK_TOKENS, largest)
         pieces = [piece for group in groups.values() for piece in _pieces(group, size)]
         costs = [round(_cost(piece)) for piece in pieces]
-        bins = balance(costs, max(1, int(np.ceil(total / size))))  # a step of empty rows costs none
+        bins = balance(costs, max(1, int(np.ceil(total / size))))  # empty rows cost 0
         return [[key for p in indices for key in pieces[p]] for indices in bins if indices]
 
     def chunk(self, keys: Sequence[Key], tokenizer: str | None) -> Chunk:
-        """Rows of these keys as flat arrays, each prompt once."""
+        """Return the rows of these keys as flat arrays."""
         prompts = {prompt: p for p, prompt in enumerate(dict.fromkeys(key[0] for key in keys))}
         return Chunk(
             Column.pack(list(prompts)),
@@ -188,7 +197,7 @@ class Step:
         )
 
     def arrived(self, chunk: Sequence[Key], reply: Rewards) -> Arrival:
-        """A chunk's rewards at every place where its rows stand."""
+        """Return a chunk's rewards for all rows of the step that equal one of its rows."""
         at = [(i, k) for k, key in enumerate(chunk) for i in self.places[key]]
         places, ks = np.array(at, dtype=np.int64).reshape(-1, 2).T
         return places, Rewards(
@@ -200,9 +209,9 @@ class Step:
         )
 
     def collect(self, arrivals: Sequence[Arrival]) -> Rewards:
-        """All rewards in the order of the rows.
+        """Return the rewards of all N rows, in the order of the rows.
 
-        A row that is not text, messages or ids was never sent: it has no version.
+        An invalid row was never sent: it has its InvalidRow, and version "".
         """
         n = len(self.rows)
         values = np.full(n, np.nan, dtype=np.float32)
@@ -217,13 +226,13 @@ class Step:
 
 
 def _cost(group: Sequence[Key]) -> float:
-    """Tokens of rows with one prompt: it is computed once."""
+    """Return the approximate tokens of rows with the same prompt, which is counted once."""
     payloads = [group[0][0], *(key[1] for key in group)]
     return sum(len(data) for _, data in payloads) / BYTES_PER_TOKEN
 
 
 def _pieces(group: Sequence[Key], size: float) -> Iterator[Sequence[Key]]:
-    """The group whole, or in pieces of about that many tokens if it is larger."""
+    """Yield the group, split into pieces of about `size` tokens if it is larger."""
     prompt = len(group[0][0][1]) / BYTES_PER_TOKEN
     size = max(size, MIN_PROMPTS_PER_PIECE * prompt)
     start, cost = 0, prompt

@@ -1,8 +1,8 @@
-"""RewardClient: a whole step of prompts and responses in, its rewards out, in order.
+"""Score a whole step of prompts and responses with RewardClient.
 
-Over a Serve handle, over HTTP, or with a model of this process: transports/. What is sent again,
-and when, is decided in sending.py. Knows nothing of models; loads neither torch nor Ray before a
-call needs them.
+Chunks travel over a Serve handle, over HTTP, or to a model in this process (transports/);
+sending.py decides what is resent and when. Does not know about models, and loads neither torch nor
+Ray before a call needs them.
 """
 
 from __future__ import annotations
@@ -44,21 +44,22 @@ logger = logging.getLogger("rayrm")
 
 
 class ScoredStep(NamedTuple):
-    """A step's rewards by name, and the version that it was pinned to."""
+    """A step's rewards by name, and the version that scored it."""
 
     rewards: Named
     version: str
 
 
 class Options(TypedDict, total=False):
-    """What a call says of its step; all of it may be left out.
+    """Optional arguments of a scoring call.
 
-    groups: instead of responses, for each prompt a list of them, whose rewards come one after the
-    other. finished: False for a response that the sampler cut off, in the order of the rewards.
-    tools: for each prompt what can be called there, as JSON schemas, or None. tokenizer: what made
-    the ids, or its fingerprint. version: score by this version of the own reward and no other.
-    timeout_s: instead of the client's. on_arrival: called with places (int64 [n]) in the result and
-    their rewards (by name, where names were asked for), on a thread of the client, as they come in.
+    groups: a list of responses for each prompt, instead of `responses`; the result has their
+    rewards concatenated. finished: bool for each response, False if the sampler cut it off. tools:
+    for each prompt the functions that can be called, as JSON schemas, or None. tokenizer: the
+    tokenizer that made the ids, or its fingerprint. version: score by this version of the own
+    reward only. timeout_s: seconds, instead of the client's. on_arrival: called as rewards arrive,
+    on a thread of the client, with indices into the result (int64 [n]) and their Rewards (by name,
+    if `rewards` was given).
     """
 
     groups: Sequence[Texts]
@@ -73,13 +74,14 @@ class Options(TypedDict, total=False):
 class RewardClient:
     """Scores steps by a reward model: RewardClient("app"), (url=…, token=…) or (model=…).
 
-    app: a Serve application of this cluster, by its name. url: an application that answers HTTP,
-    for callers outside of its cluster; token: the bearer token that it asks for. model: a
-    RewardModel of this process, for tests and notebooks. Results, errors and options are the same.
-    Holds no connection, so it pickles.
+    app: name of a Serve application in this cluster. url: an application that serves HTTP, for
+    callers outside its cluster; token: the bearer token that it requires. model: a RewardModel in
+    this process, for tests and notebooks. Results, errors and options are the same for all three.
+    Pickles without its connections.
 
-    timeout_s bounds one step, waiting for a replica to come back included. caller: a name for logs
-    and for the queues, which are fair between callers; by default the actor, or the process.
+    timeout_s: seconds for one step, including the time in which replicas restart. caller: name for
+    logs and for the queues, which are fair between callers; default: the actor or the process.
+    Raises ConfigError if url and model are both set, or token without url.
 
         rewards = RewardClient().score(prompts, responses)
         rewards.values[rewards.errors.index(None)]  # the reward of the first row that has one
@@ -96,9 +98,9 @@ class RewardClient:
         caller: str | None = None,
     ) -> None:
         if url is not None and model is not None:
-            raise ConfigError("url and model are both given: a client has one way to score")
+            raise ConfigError("url and model are both set: set only one")
         if token is not None and url is None:
-            raise ConfigError("token is given without url: only HTTP asks for one")
+            raise ConfigError("token is set without url: only a client over HTTP uses it")
         self.app = app
         self.url = url
         self.token = token
@@ -111,7 +113,7 @@ class RewardClient:
 
     @cached_property
     def transport(self) -> Transport:
-        """The way to the model, of which nothing is imported before the first call."""
+        """The transport to the model; imported at the first call."""
         if self.model is not None:
             from rayrm.serving.transports.local import LocalTransport
 
@@ -152,24 +154,24 @@ class RewardClient:
         rewards: Sequence[str] | None = None,
         **options: Unpack[Options],
     ) -> Rewards | Named:
-        """Rewards of N responses, as RewardModel.score gives them, from the served model.
+        """Return the Rewards of N responses from the served model, equal to RewardModel.score's.
 
-        rewards: names of those that are wanted, each with its Rewards: "default" is the
-        application's own, the others are its adapters'. Equal rows are computed once, groups stay
-        together, and what a dying replica drops is sent again. One version of each reward scores
-        the whole step: what is served when it begins; if that is gone before the end, the step is
-        scored again, and on_arrival told of all rows again.
+        rewards: names of the requested rewards; the result then has Rewards by name. "default" is
+        the application's own reward, the others are its adapters'. Equal rows are computed once,
+        groups stay together, and chunks that a dying replica drops are resent. One version of each
+        reward scores the whole step: the one served at its start. If that is replaced before the
+        end, the step is scored again, and on_arrival is called again for all rows.
 
-        Blocks. Raises ServiceError where the application is missing or fails, StepTimeout where it
-        does not answer in time, VersionGone where the version that was asked for is not served,
-        UnknownReward for a name that is not; ValueError where the lists differ in length.
+        Blocks. Raises ServiceError if the application is missing or fails, StepTimeout if it does
+        not answer in time, VersionGone if the requested version is not served, UnknownReward for an
+        unknown name, ValueError for lists of different lengths.
         """
         _refuse_event_loop()
         step = self.submit(prompts, responses, rewards=rewards, **options)
         try:
             return step.result()
         except BaseException:
-            step.cancel()  # Ctrl-C: nobody waits for it any more
+            step.cancel()  # Ctrl-C: free the replicas
             raise
 
     @overload
@@ -200,7 +202,7 @@ class RewardClient:
         rewards: Sequence[str] | None = None,
         **options: Unpack[Options],
     ) -> Rewards | Named:
-        """score, to be awaited; cancelling that frees the replicas."""
+        """Do the same as score without blocking the event loop; cancelling frees the replicas."""
         step: Future[Any] = self.submit(prompts, responses, rewards=rewards, **options)
         return await asyncio.wrap_future(step)
 
@@ -232,7 +234,7 @@ class RewardClient:
         rewards: Sequence[str] | None = None,
         **options: Unpack[Options],
     ) -> Future[Any]:
-        """score in the background: a future of its rewards; cancelling it frees the replicas."""
+        """Start score in the background and return its future; cancelling it frees the replicas."""
         names = check_names(rewards)
         groups, tokenizer = options.get("groups"), options.get("tokenizer")
         finished, tools = options.get("finished"), options.get("tools")
@@ -266,17 +268,18 @@ class RewardClient:
         part: str = "",
         outstanding: int = 0,
     ) -> ScoredStep:
-        """What score does with its rows, on any event loop; every reward is named.
+        """Score rows on any event loop; return their rewards by name, and the version.
 
-        patience_s: raise Overloaded once the service has answered nothing of the step for so long,
-        VersionGone once the step has waited so long for a version that is there.
-        id: what to call the step in logs. part: these rows are that part of a step, of which so
-        many tokens are outstanding, about.
+        timeout_s: seconds, default the client's. patience_s: seconds without any answer to the step
+        after which a refusal raises Overloaded, and total pause before restarts of the step after
+        which VersionGone is raised. id: the step's id in logs, random by default. part: prefix of
+        the chunks' numbers if the rows are one part of a step. outstanding: approximate number of
+        tokens of the whole step without an answer.
         """
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         step, id = Step(rows), id or uuid4().hex[:12]
         names = tuple(dict.fromkeys(rewards))
-        began, gone_s = 0, 0.0
+        restarts, paused_s = 0, 0.0
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
@@ -295,25 +298,28 @@ class RewardClient:
                         scored = await sending.send(step, tokenizer, on_arrival)
                         return ScoredStep(scored, sending.target.version)
                     except VersionGone as gone:
-                        wait = backoff(began := began + 1)
-                        if version or (gone_s := gone_s + wait) > patience_s:
+                        restarts += 1
+                        pause_s = backoff(restarts)
+                        paused_s += pause_s
+                        if version or paused_s > patience_s:
                             raise
-                        logger.warning(f"step={id} begins again: {gone}")
-                        await asyncio.sleep(wait)
+                        logger.warning(f"step={id} starts over: {gone}")
+                        await asyncio.sleep(pause_s)
         except TimeoutError:
             raise StepTimeout(
                 f"{self.transport.name} did not score step {id} within timeout_s = {timeout_s:g}"
             ) from None
 
     async def _find(self, caller: Caller, rewards: tuple[str, ...], version: str) -> Target:
-        """What is served now; waits while the service comes back."""
+        """Return what is served now; retry while the service is unreachable."""
         attempt = 0
         while True:
             try:
                 return await self.transport.find(caller, rewards, version)
             except Away as error:
                 logger.warning(str(error))
-                await asyncio.sleep(backoff(attempt := attempt + 1))
+                attempt += 1
+                await asyncio.sleep(backoff(attempt))
 
 
 async def _rewards_of(step: Coroutine[Any, Any, ScoredStep], own: bool) -> Rewards | Named:
@@ -331,7 +337,7 @@ def _start(step: Coroutine[Any, Any, Any]) -> Future[Any]:
 
 @cache
 def _loop(pid: int) -> asyncio.AbstractEventLoop:
-    """The event loop of all steps of this process, on a thread of its own."""
+    """Return the event loop of this process's steps, which runs on a separate thread."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="rayrm-client", daemon=True).start()
     return loop
@@ -343,6 +349,6 @@ def _refuse_event_loop() -> None:
     except RuntimeError:
         return
     raise ServiceError(
-        "score blocks, and an event loop runs here (an async actor, a notebook): "
+        "score blocks, and an event loop is running here (an async actor, a notebook): "
         "use `await client.score_async(prompts, responses)`"
     )

@@ -1,10 +1,10 @@
-"""A corpus of prompts and responses → the same corpus with rewards, over the whole cluster.
+"""Score a corpus of prompts and responses over the whole cluster: add rewards to every row.
 
-IN is read twice: once for what is in it, once to score the parts that are missing; both times the
-files that were there at first, without OUT and its parts. A part that is scored lies whole in
-OUT.parts, and when all are there they are joined to OUT. So a run that was killed goes on where it
-was, and ends in the same bytes. Memory holds the parts in flight, and all of a file that is one
-JSON array. Knows nothing of Serve's applications, nor of training.
+IN is read twice, once to survey it and once to score the missing parts; both times the files listed
+at first, without OUT and its parts. Each scored part is written atomically to OUT.parts, and when
+all exist they are joined to OUT. So a killed run resumes, and ends in the same bytes. Memory holds
+the parts in flight, and all of a file that is one JSON array. Does not know about Serve
+applications or training.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from rayrm.config import local_path
 from rayrm.data.records import read_sampled
 from rayrm.data.sources import PARTS, RUN, open_sources
-from rayrm.errors import ConfigError, DataError, ServiceError
+from rayrm.errors import ConfigError, DataError, ExportError, ServiceError
 from rayrm.files import is_partial, remove_partials, whole_file
 from rayrm.model.foreign import open_model
 from rayrm.model.hardware import fast_dtype
@@ -44,7 +44,7 @@ from rayrm.serving.replica import load_replica
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
-# What a row gets; where the corpus has lists of responses, lists of it.
+# Columns that rows get; each holds lists if the corpus has lists of responses.
 ADDED = {
     "reward": pa.float32(),
     "reward_error": pa.string(),
@@ -53,25 +53,25 @@ ADDED = {
     "unfinished": pa.bool_(),
 }
 
-# A replica has a part to go on with when it has finished one.
+# Parts in flight per replica: the next one is queued while one is scored.
 PARTS_PER_REPLICA = 2
 
-# How often a replica is started again, and its part scored again, after it died.
+# How often a dead replica is restarted, and its part scored again.
 RETRIES = 3
 
 Records = Sequence[tuple[str, Any]]
-"""(file and row, for messages to people; the record, or the DataError that stands in its place)."""
+"""(file and row, for messages; the record, or the DataError in its place)."""
 
 
 @dataclass(frozen=True)
 class ScoredCorpus:
-    """What became of a corpus.
+    """The outcome of scoring a corpus.
 
-    resumed: rows that an earlier run had scored. failed: rows with an error, unrewarded: without
-    any reward, among those that this run scored in `seconds`, the start of its replicas included.
-    dtype: what rewards were computed in. ignored_files: found in a directory or by a glob, but not
-    read. ignored_keys: of messages in what this run scored, as `message.KEY`; they never reach the
-    chat template.
+    rows: all rows. resumed: rows that an earlier run had scored. failed, unrewarded: rows of this
+    run with an error, and without any reward. seconds: duration of scoring, with the start of
+    replicas. dtype: of the computation. ignored_files: files of a directory or glob that were not
+    read. ignored_keys: keys of messages in this run's rows that never reach the chat template, as
+    `message.KEY`.
     """
 
     rows: int
@@ -105,27 +105,27 @@ def score_corpus(
     split: str = "train",
     part_rows: int = 1024,
 ) -> ScoredCorpus:
-    """Score source (files, globs, directories, hub names, as training takes them) into target.
+    """Score `source` and write its rows with rewards to `target`.
 
-    A row has prompt and response, prompt and responses (a list), or messages, and perhaps tools. It
-    keeps its columns and gets reward, reward_error, version, truncated and unfinished; one that
-    cannot be scored has no reward but its error. target ends in .jsonl, .jsonl.gz or .parquet and
-    lies, like source, on this process's disks. config says how replicas score and where they run:
-    as many as the cluster has room for unless it names `replicas`. Connects as ray.init() does if
-    nobody has.
+    source: files, globs, directories or hub names, as for training. Each row has prompt and
+    response, prompt and responses (a list), or messages, and optionally tools. It keeps its columns
+    and gets reward, reward_error, version, truncated and unfinished; a row that cannot be scored
+    gets an error and no reward. target: a .jsonl, .jsonl.gz or .parquet file; like source, on disks
+    of this process. config: how and where replicas score; their number is what fits into the
+    cluster unless `replicas` is set. Calls ray.init() if Ray is not initialized.
 
-    The same call again goes on after a kill. Raises DataError where target exists, where the parts
-    beside it are of another source, export or config, where source cannot be read, and where its
-    rows do not fit into one Parquet file; ExportError; ServiceError where a part kills replicas.
+    After a kill, the same call resumes. Raises DataError if target exists, if the parts next to it
+    belong to another source, export or config, if source cannot be read, or if its rows do not fit
+    into one Parquet file; ExportError; ServiceError if a part kills replicas.
     """
     if config.adapters:
-        raise ConfigError("adapters: a corpus is scored by one reward, that of `export`")
+        raise ConfigError("adapters: remove them, a corpus is scored by `export`'s reward only")
     target = local_path(target)
     if not target.name.endswith(SUFFIXES):
         raise DataError(f"{target}: must end in {' or '.join(SUFFIXES)}.")
     if target.exists():
-        raise DataError(f"{target.resolve()} exists: move it away, or write to another file.")
-    config, _ = locate_export(config)
+        raise DataError(f"{target.resolve()} exists: move it, or write to another file.")
+    config, served = locate_export(config)
     files, ignored = list_files(source, split, target)
     to_parquet = target.suffix == ".parquet"
     corpus = Corpus.survey(files, split, part_rows, to_parquet=to_parquet)
@@ -133,57 +133,63 @@ def score_corpus(
     config = parts.claim(corpus.fingerprint, config)
     missing = [p for p in range(corpus.parts) if not parts.file(p).exists()]
     resumed = corpus.rows - sum(corpus.rows_of(p) for p in missing)
-    failed, unrewarded, keys, began = 0, 0, set[str](), time.monotonic()
-    with _bar(corpus.rows, resumed) as bar, _scorers(config, len(missing)) as scorers:
+    failed = unrewarded = 0
+    ignored_keys: set[str] = set()
+    started = time.monotonic()
+    with (
+        _bar(corpus.rows, resumed) as bar,
+        _scorers(config, served.version, len(missing)) as scorers,
+    ):
         for part, rewards in _score_parts(scorers, corpus.read(missing)):
             columns = part.columns(rewards, corpus.many)
             parts.write(part, columns)
-            failed += sum(map(any, _each(columns["reward_error"])))
+            failed += sum(any(row) for row in _each(columns["reward_error"]))
             unrewarded += sum(all(v is None for v in row) for row in _each(columns["reward"]))
-            keys |= part.ignored
+            ignored_keys |= part.ignored
             bar.update(len(part.records))
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - started
     parts.join()
     return ScoredCorpus(
-        corpus.rows,
-        resumed,
-        failed,
-        seconds,
-        config.dtype,
-        ignored,
-        unrewarded,
-        sorted(keys),
+        rows=corpus.rows,
+        resumed=resumed,
+        failed=failed,
+        seconds=seconds,
+        dtype=config.dtype,
+        ignored_files=ignored,
+        unrewarded=unrewarded,
+        ignored_keys=sorted(ignored_keys),
     )
 
 
 def list_files(source: str, split: str, target: Path) -> tuple[list[str], list[str]]:
-    """What source names, to be opened one by one, and the files that are passed by.
+    """Return the files of `source`, to be opened one by one, and the files that are ignored.
 
-    The target, and what lies beside it on the way there, are no part of either.
+    Neither includes the target, its parts, or partial files of it.
     """
-    own = target.resolve()
-    beside = own.with_name(_parts_name(own))
+    output = target.resolve()
+    parts = output.with_name(_parts_name(output))
 
-    def foreign(name: str) -> bool:
+    def is_input(name: str) -> bool:
         path = Path(name).resolve()
-        return path != own and beside not in (path, *path.parents) and not is_partial(path, own)
+        in_parts = path == parts or parts in path.parents
+        return path != output and not in_parts and not is_partial(path, output)
 
-    ignored = list[str]()
+    ignored: list[str] = []
     names = [name for name, _ in open_sources(source, split, ignored)]
-    # A hub dataset is opened by what was given for it.
-    files = [name if Path(name).exists() else source for name in names if foreign(name)]
+    # A hub dataset is no file on disk: it is opened by the name that was given.
+    files = [name if Path(name).exists() else source for name in names if is_input(name)]
     if not files:
         raise DataError(f"{source}: no files in it but those of {target}.")
-    return files, [name for name in ignored if foreign(name)]
+    return files, [name for name in ignored if is_input(name)]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where the rows are, and what a first reading found in them.
+    """The input files, and what a first reading found in them.
 
-    digests: of the rows of each part, to know them by when they are read again. many: some row has
-    a list of responses. fingerprint: sha256 of the rows. schema: of the rows in Parquet, None where
-    they are to be JSON.
+    part_rows: rows per part. rows: all rows. digests: sha256 of each part's rows, to detect changes
+    at the second reading. fingerprint: sha256 of all rows. many: some row has a list of responses.
+    schema: Parquet schema of the rows, None for JSON output.
     """
 
     files: list[str]
@@ -197,8 +203,11 @@ class Corpus:
 
     @classmethod
     def survey(cls, files: list[str], split: str, part_rows: int, *, to_parquet: bool) -> Corpus:
-        """Read all rows once; DataError for what would be found out too late."""
-        digest, digests, rows, many = hashlib.sha256(), list[bytes](), 0, False
+        """Read all rows once. Raises DataError for what would otherwise fail after scoring."""
+        digest = hashlib.sha256()
+        digests: list[bytes] = []
+        rows = 0
+        many = False
         is_parquet = all(Path(file).suffix == ".parquet" for file in files)
         schema = _joined(
             [pq.read_schema(file) for file in files] if is_parquet else [pa.schema([])]
@@ -208,7 +217,8 @@ class Corpus:
             for where, record in batch:
                 if not isinstance(record, dict):
                     continue
-                if taken := sorted(record.keys() & ADDED.keys()):
+                taken = sorted(record.keys() & ADDED.keys())
+                if taken:
                     raise DataError(f"{where}: has a column `{taken[0]}` already; rename it.")
                 many |= record.get("responses") is not None
             if to_parquet and not is_parquet:
@@ -217,21 +227,30 @@ class Corpus:
             rows += len(batch)
         if not rows:
             raise DataError(f"{', '.join(files)}: no rows in it.")
-        found = digest.hexdigest()
         return cls(
-            files, split, part_rows, rows, digests, found, many, schema if to_parquet else None
+            files=files,
+            split=split,
+            part_rows=part_rows,
+            rows=rows,
+            digests=digests,
+            fingerprint=digest.hexdigest(),
+            many=many,
+            schema=schema if to_parquet else None,
         )
 
     @property
     def parts(self) -> int:
+        """Return the number of parts."""
         return len(self.digests)
 
     def rows_of(self, p: int) -> int:
+        """Return the number of rows in part p."""
         return min(self.part_rows, self.rows - p * self.part_rows)
 
     def read(self, wanted: Iterable[int]) -> Iterator[Part]:
-        """The wanted parts, in order. DataError where they are not what the first reading found."""
-        last = max(wanted := set(wanted), default=-1)
+        """Read the wanted parts, in order. Raises DataError if they changed since the survey."""
+        wanted = set(wanted)
+        last = max(wanted, default=-1)
         batches = _batches(_read(self.files, self.split), self.part_rows)
         for p in range(last + 1):
             batch = next(batches, [])
@@ -240,17 +259,18 @@ class Corpus:
             if _digest(batch) != self.digests[p]:
                 raise DataError(
                     f"rows {p * self.part_rows + 1} to {p * self.part_rows + self.rows_of(p)} of "
-                    f"{', '.join(self.files)} changed while they were scored: leave the files "
-                    "alone, and start again."
+                    f"{', '.join(self.files)} changed while they were scored: do not change the "
+                    "files, and start again."
                 )
             yield Part(p, batch)
 
 
 class Part:
-    """Some rows of the corpus, and the rows of the model that they are.
+    """A part of the corpus: its records, and the rows that the model scores for them.
 
-    cells: for every record its responses, each a place in rows, or the error in its stead. ignored:
-    keys of messages that mean nothing here.
+    index: number of the part. where: file and row of its first record. cells: for every record a
+    list with one entry per response, its index in `rows` or the error in its place. ignored: keys
+    of messages that never reach the chat template.
     """
 
     def __init__(self, index: int, records: Records) -> None:
@@ -278,36 +298,39 @@ class Part:
                 yield len(self.rows) - 1
 
     def columns(self, rewards: Rewards, many: bool) -> dict[str, list[Any]]:
-        """The columns of ADDED, for every record."""
+        """Return the columns of ADDED: per record one value, or with `many` one list of values."""
         columns: dict[str, list[Any]] = {name: [] for name in ADDED}
         for cells in self.cells:
-            values = [_added(cell, rewards) for cell in cells]
-            for i, name in enumerate(ADDED):
-                column = [value[i] for value in values]
-                columns[name].append(column if many else column[0])
+            added = [_added(cell, rewards) for cell in cells]
+            for name, column in columns.items():
+                values = [response[name] for response in added]
+                column.append(values if many else values[0])
         return columns
 
 
-def _added(cell: int | DataError, rewards: Rewards) -> tuple[Any, ...]:
-    """reward, reward_error, version, truncated, unfinished of one response."""
+def _added(cell: int | DataError, rewards: Rewards) -> dict[str, Any]:
+    """Return the ADDED values of one response."""
+    added: dict[str, Any] = dict.fromkeys(ADDED)
     if isinstance(cell, DataError):
-        return None, _told(cell), None, None, None
+        added["reward_error"] = _named(cell)
+        return added
     error = rewards.errors[cell]
-    return (
-        float(rewards.values[cell]) if error is None else None,
-        None if error is None else _told(error),
-        rewards.versions[cell],
-        bool(rewards.truncated[cell]),
-        bool(rewards.unfinished[cell]),
-    )
+    if error is None:
+        added["reward"] = float(rewards.values[cell])
+    else:
+        added["reward_error"] = _named(error)
+    added["version"] = rewards.versions[cell]
+    added["truncated"] = bool(rewards.truncated[cell])
+    added["unfinished"] = bool(rewards.unfinished[cell])
+    return added
 
 
-def _told(error: Exception) -> str:
+def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
 class Parts:
-    """The parts that are scored, as files in a directory beside the target."""
+    """The scored parts, as files in a directory next to the target."""
 
     def __init__(self, target: Path, corpus: Corpus) -> None:
         self.target = target
@@ -318,9 +341,10 @@ class Parts:
         return self.directory / f"part-{p:08d}"
 
     def claim(self, fingerprint: str, config: ServeConfig) -> ServeConfig:
-        """Make the directory this run's, or DataError where it is another's.
+        """Create the directory for this run, or check that it belongs to this run.
 
-        Returns the config with what the run computes in, which its first start has decided.
+        Returns the config with the dtype that the run's first start decided. Raises DataError if
+        the directory belongs to another run.
         """
         _, export = open_model(config.export)
         run = {
@@ -340,15 +364,15 @@ class Parts:
                 file.write(json.dumps(run, indent=2).encode())
             return config.model_copy(update={"dtype": run["dtype"]})
         before = json.loads(record.read_bytes())
-        if before.get("dtype") == "auto":  # an older version's, which computed as exported
+        if before.get("dtype") == "auto":  # written by an older rayrm, which used the export's
             before["dtype"] = export.dtype
         if config.dtype == "auto":
             run["dtype"] = before.get("dtype")
         if before.get("export") in export.old_versions:
             warnings.warn(
-                f"{self.directory} was begun by {before['export']}, which is the version that "
-                f"earlier rayrms gave the weights of {export.version}: it goes on, and rows that "
-                "are scored from now on have the new name",
+                f"{self.directory} was begun by {before['export']}, the version by which an older "
+                f"rayrm names the weights of {export.version}: the run continues, and rows scored "
+                "from now on have the new version",
                 stacklevel=3,
             )
             before["export"] = export.version
@@ -363,7 +387,7 @@ class Parts:
         return config.model_copy(update={"dtype": run["dtype"]})
 
     def write(self, part: Part, columns: dict[str, list[Any]]) -> None:
-        """Write a part that is scored, with the columns that its rows got."""
+        """Write a scored part: its records with the added columns."""
         with whole_file(self.file(part.index)) as file:
             if self.corpus.schema is not None:
                 arrays = _arrays(part.records, self.corpus.schema)
@@ -379,7 +403,7 @@ class Parts:
                 file.write(gzip.compress(data, mtime=0) if self.target.suffix == ".gz" else data)
 
     def join(self) -> None:
-        """All parts, in order, as the target; then they are removed."""
+        """Join all parts in order into the target, then remove them."""
         files = [self.file(p) for p in range(self.corpus.parts)]
         remove_partials(self.target)
         with whole_file(self.target) as target:
@@ -388,25 +412,31 @@ class Parts:
                     for file in files:
                         writer.write_table(pq.read_table(file))
             else:
-                for file in files:  # gzip's members may stand one after the other
+                for file in files:  # gzip files can be concatenated
                     with file.open("rb") as part:
                         shutil.copyfileobj(part, target)
         shutil.rmtree(self.directory)
 
 
 class Scorer:
-    """A copy of the model, which scores part after part. A Ray actor."""
+    """A Ray actor that scores parts with its copy of the model."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, version: str) -> None:
         self.model = load_replica(config)
+        if self.model.version != version:
+            raise ExportError(
+                f"{config.export} now holds {self.model.version}, not {version}, which this run "
+                "began with: restore it, or write to another file"
+            )
 
     def score(self, rows: list[Row]) -> Rewards:
+        """Return the rewards of the rows."""
         encoded = self.model.encode(rows)
         return self.model.collect(encoded, self.model.score_groups(encoded.groups))
 
 
 def _score_parts(scorers: Sequence[Any], parts: Iterator[Part]) -> Iterator[tuple[Part, Rewards]]:
-    """Every part with its rewards, as they come, by the replicas that have started."""
+    """Yield every part with its rewards as it finishes, scored by replicas that have started."""
     starting = {scorer.__ray_ready__.remote(): scorer for scorer in scorers}
     free = deque[Any]()
     running: dict[Any, tuple[Part, Any]] = {}
@@ -424,13 +454,14 @@ def _score_parts(scorers: Sequence[Any], parts: Iterator[Part]) -> Iterator[tupl
         else:
             part, scorer = running.pop(done)
             free.append(scorer)
-            # A replica that dies takes all of its parts with it, whichever of them killed it.
+            # A dying replica loses all of its parts, and any of them may have killed it.
             suspects = [part, *(p for p, at in running.values() if at is scorer)]
             names = [f"part {p.index}, from {p.where} on" for p in suspects]
             yield part, _get(done, ", or ".join(names))
 
 
 def _get(result: Any, what: str) -> Any:
+    """Return the result; raise a ServiceError about `what` if Ray raises."""
     try:
         return ray.get(result)
     except RayError as error:
@@ -438,18 +469,18 @@ def _get(result: Any, what: str) -> Any:
 
 
 @contextmanager
-def _scorers(config: ServeConfig, parts: int) -> Iterator[list[Any]]:
-    """Actors for that many parts, until the block is left."""
+def _scorers(config: ServeConfig, version: str, parts: int) -> Iterator[list[Any]]:
+    """Start actors for that many parts, and kill them when the block is left."""
     if not parts:
         yield []
         return
-    named = "replicas" in config.model_fields_set
+    replicas_set = "replicas" in config.model_fields_set
     _start_ray()
-    count = config.replicas if named else max(1, _room(config))
+    count = config.replicas if replicas_set else max(1, _room(config))
     actor = ray.remote(Scorer).options(
         **_needs(config), max_restarts=RETRIES, max_task_retries=RETRIES
     )
-    scorers: list[Any] = [actor.remote(config) for _ in range(min(count, parts))]
+    scorers: list[Any] = [actor.remote(config, version) for _ in range(min(count, parts))]
     try:
         yield scorers
     finally:
@@ -458,13 +489,13 @@ def _scorers(config: ServeConfig, parts: int) -> Iterator[list[Any]]:
 
 
 def _decide_dtype(config: ServeConfig) -> str:
-    """What the corpus is scored in: by name, or what the replicas' machines are fast in."""
+    """Return the dtype of the computation: the configured one, or the fast one on a replica."""
     if config.dtype != "auto":
         return config.dtype
     _start_ray()
-    asked = ray.remote(fast_dtype).options(**_needs(config))
-    decided: str = ray.get(asked.remote("cuda" if config.gpus_per_replica else "cpu"))
-    return decided
+    task = ray.remote(fast_dtype).options(**_needs(config))
+    dtype: str = ray.get(task.remote("cuda" if config.gpus_per_replica else "cpu"))
+    return dtype
 
 
 def _start_ray() -> None:
@@ -473,7 +504,7 @@ def _start_ray() -> None:
 
 
 def _needs(config: ServeConfig) -> dict[str, Any]:
-    """What Ray reserves for a replica, and where."""
+    """Return the resources that Ray reserves for a replica, and the labels of its node."""
     return {
         "num_cpus": config.cpus_per_replica,
         "num_gpus": config.gpus_per_replica,
@@ -482,7 +513,7 @@ def _needs(config: ServeConfig) -> dict[str, Any]:
 
 
 def _room(config: ServeConfig) -> int:
-    """How many replicas the nodes with the config's labels hold."""
+    """Return how many replicas fit onto the nodes with the config's labels."""
     needs = {"CPU": config.cpus_per_replica, "GPU": config.gpus_per_replica}
     return sum(
         min(int(node["Resources"].get(name, 0) // need) for name, need in needs.items() if need)
@@ -492,6 +523,7 @@ def _room(config: ServeConfig) -> int:
 
 
 def _read(files: Sequence[str], split: str) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of all files: file and row for messages, and the record."""
     for file in files:
         for name, rows in open_sources(file, split, []):
             for row, record in rows:
@@ -499,7 +531,7 @@ def _read(files: Sequence[str], split: str) -> Iterator[tuple[str, Any]]:
 
 
 def _digest(batch: Records, whole: hashlib._Hash | None = None) -> bytes:
-    """Of the rows; whole goes on with them."""
+    """Return the sha256 of the rows, and update `whole` with them."""
     lines = b"".join(json.dumps(row, default=str).encode() + b"\n" for _, row in batch)
     if whole:
         whole.update(lines)
@@ -507,7 +539,7 @@ def _digest(batch: Records, whole: hashlib._Hash | None = None) -> bytes:
 
 
 def _each(column: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """The responses' values of each row, also where it has but one."""
+    """Yield each row's values, one per response, as a list even for a single response."""
     for values in column:
         yield values if isinstance(values, list) else [values]
 
@@ -518,17 +550,18 @@ def _batches(rows: Iterator[tuple[str, Any]], size: int) -> Iterator[Records]:
 
 
 def _arrays(records: Sequence[Any], schema: pa.Schema | None) -> dict[str, pa.Array]:
-    """Columns as Parquet has them, of the types that fit where no schema tells them."""
+    """Return the columns as Parquet arrays; without a schema pyarrow infers their types."""
     records = [record if isinstance(record, dict) else {} for record in records]
-    names = dict.fromkeys(key for record in records for key in record)
-    kinds = dict(zip(schema.names, schema.types, strict=True)) if schema is not None else names
+    types: dict[str, Any] = dict.fromkeys(key for record in records for key in record)
+    if schema is not None:
+        types = dict(zip(schema.names, schema.types, strict=True))
     arrays = {}
-    for name, kind in kinds.items():
+    for name, type_ in types.items():
         try:
-            arrays[name] = pa.array([record.get(name) for record in records], kind)
+            arrays[name] = pa.array([record.get(name) for record in records], type_)
         except (pa.ArrowException, UnicodeEncodeError, OverflowError) as error:
             raise DataError(
-                f"column `{name}` has no one type in Parquet ({error}): write to .jsonl instead."
+                f"column `{name}` has no single type in Parquet ({error}): write to .jsonl instead."
             ) from None
     return arrays
 
@@ -538,13 +571,13 @@ def _joined(schemas: Sequence[pa.Schema]) -> pa.Schema:
         return pa.unify_schemas(schemas, promote_options="permissive").remove_metadata()
     except pa.ArrowException as error:
         raise DataError(
-            f"the rows have no one schema in Parquet ({error}): write to .jsonl instead."
+            f"the rows have no single schema in Parquet ({error}): write to .jsonl instead."
         ) from None
 
 
 def _line(record: dict[str, Any]) -> bytes:
     text = json.dumps(record, ensure_ascii=False, default=str)
-    # Half an emoji, which JSON can hold and utf-8 cannot, gets its JSON escape back.
+    # A lone surrogate, which JSON can hold and UTF-8 cannot, is written as its JSON escape.
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
@@ -553,6 +586,6 @@ def _parts_name(target: Path) -> str:
 
 
 def _bar(rows: int, done: int) -> tqdm[Any]:
-    # In a log a bar is a line each time, so it moves less often there.
+    # In a log every update is a line, so update less often.
     seconds = 1 if sys.stderr.isatty() else 15
     return tqdm(desc="scoring", unit="row", total=rows, initial=done, mininterval=seconds)

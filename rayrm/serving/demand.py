@@ -1,8 +1,8 @@
 """Count outstanding tokens by step, as far as a replica knows.
 
-A replica counts exactly the chunks that it has. Of what waits for room at no replica it hears in
-the tickets of chunks that come, and others hear the same: that is kept and reported by step, so
-that replicas' figures can be added up. Knows nothing of models, or of whether callers live.
+A replica counts the chunks that it holds exactly. Of chunks that no replica holds it learns from
+tickets of the same step, and so do other replicas: these counts are kept and reported by step, so
+that replicas' reports can be added up. Does not know about models, or whether callers are alive.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from rayrm.errors import Overloaded
 from rayrm.serving.autoscale import OUTSTANDING, WAITING
 from rayrm.serving.ticket import Caller, Ticket
 
-# How long what a ticket said of other chunks is believed. Its caller may have given up, or another
-# replica may have answered them; chunks that still wait for room knock sooner.
+# Seconds until a ticket's counts of other chunks expire: the caller may have given up, or another
+# replica may have answered them. Chunks that still wait for room are resent sooner.
 HEARD_S = 3.0
 
-# So many steps are reported by name, those of which most waits: as many as a replica has calls.
+# Maximum number of steps in a report, those with the most waiting tokens; a replica holds no more
+# calls than that.
 NAMED = 1024
 
 _Key = tuple[Caller, str]
@@ -32,9 +33,9 @@ _Key = tuple[Caller, str]
 class Wanted(NamedTuple):
     """Outstanding tokens, from which a replica's queue sets its limits.
 
-    own: those here of steps in one chunk, which no other replica will get. share: this replica's
-    part of the other steps, inf where it is alone and need not leave any to others. outstanding:
-    all that have no answer.
+    own: tokens of steps that this replica holds entirely, so no other replica will get them. share:
+    this replica's part of the other steps, inf if it is the only replica. outstanding: all that
+    have no answer and are in flight at no other replica.
     """
 
     own: int
@@ -44,9 +45,11 @@ class Wanted(NamedTuple):
 
 @dataclass
 class _StepDemand:
-    """Tokens of a step, about: without an answer, waiting for room at no replica, and here.
+    """Approximate tokens of a step, as far as known.
 
-    spread: other replicas may know of the step too. heard: when a chunk last came or left.
+    outstanding: without an answer. waiting: in flight at no replica. here: in flight at this one.
+    replicas: number that share the step. spread: other replicas may report the step too. heard:
+    time of a chunk's latest arrival or departure (event loop clock).
     """
 
     outstanding: int = 0
@@ -58,23 +61,26 @@ class _StepDemand:
 
 
 class Demand:
-    """The steps that a replica has chunks of, or of which a ticket spoke lately."""
+    """The steps that a replica holds chunks of, or has recently had a ticket of."""
 
     def __init__(self) -> None:
         self._steps: dict[_Key, _StepDemand] = {}
 
     @contextmanager
     def chunk(self, ticket: Ticket, tokens: int) -> Iterator[None]:
-        """Count a chunk as here until the block is left; how that happens says what remains."""
+        """Count a chunk as here until the block is left.
+
+        The exception that leaves the block, if any, decides what still waits elsewhere.
+        """
         key = ticket.caller, ticket.step
         step = self._hear(key, ticket, tokens)
         try:
             yield
-        except Overloaded:  # the chunk goes on waiting, and may get in elsewhere
+        except Overloaded:  # the chunk keeps waiting, and another replica may admit it
             step.waiting += tokens
             step.spread = True
             raise
-        except BaseException:  # cancelled, or failed as a whole: nobody waits for its other chunks
+        except BaseException:  # the step failed or was cancelled: its other chunks are not resent
             step.waiting = 0
             raise
         finally:
@@ -86,7 +92,7 @@ class Demand:
                     del self._steps[key]
 
     def wanted(self) -> Wanted:
-        """Return what callers want of this replica now."""
+        """Return the tokens that are outstanding now."""
         own, share, outstanding, since = 0, 0.0, 0, _now() - HEARD_S
         for step in self._known():
             outstanding += step.here + step.waiting
@@ -100,13 +106,13 @@ class Demand:
         return Wanted(own, share, outstanding)
 
     def report(self) -> dict[str, float]:
-        """Return what the autoscaling policy adds up: tokens here, and waiting tokens by step.
+        """Return tokens here and waiting tokens by step; the autoscaling policy adds them up.
 
-        A step that does not wait any more is named too: others may have heard that it does.
+        Includes steps of which nothing waits any more: other replicas may report an older count.
         """
         here = sum(step.here for step in self._known())
         spread = [(step.waiting, key) for key, step in self._steps.items() if step.spread]
-        most = sorted(spread, key=lambda of: of[0], reverse=True)[:NAMED]
+        most = sorted(spread, key=lambda entry: entry[0], reverse=True)[:NAMED]
         waiting = {WAITING + _name(key): float(tokens) for tokens, key in most}
         return {OUTSTANDING: float(here), **waiting}
 
@@ -120,7 +126,7 @@ class Demand:
         return step
 
     def _known(self) -> list[_StepDemand]:
-        """Steps with a chunk here, and those that were heard of lately; others are forgotten."""
+        """Return steps with a chunk here or a recent ticket; forget the others."""
         since = _now() - HEARD_S
         steps = self._steps.items()
         self._steps = {key: step for key, step in steps if step.here or step.heard > since}
@@ -128,7 +134,7 @@ class Demand:
 
 
 def _name(key: _Key) -> str:
-    """Of a step: the same at every replica, and short, whatever callers call it and themselves."""
+    """Return a step's short name, the same at every replica: a hash of caller and step id."""
     return blake2b(repr(key).encode(), digest_size=8).hexdigest()
 
 

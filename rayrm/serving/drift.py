@@ -1,9 +1,9 @@
-"""Statistics of the latest rewards that show whether a policy exploits the reward model.
+"""Compute statistics of recent rewards that show whether a policy exploits the reward model.
 
-Rewards that leave the range of the held-out ones or all become the same, rewards that go with the
-length of a response, one response to everything: an over-optimized policy shows these before its
-text is read (Gao et al. 2022, arXiv:2210.10760; Singhal et al. 2023, arXiv:2310.03716). Knows
-nothing of prompts, of models, or of what would be too much.
+An over-optimized policy shows in them before anyone reads its text: rewards leave the range of the
+held-out ones, become all alike or follow response length, or one response answers every prompt
+(Gao et al. 2022, arXiv:2210.10760; Singhal et al. 2023, arXiv:2310.03716). Does not know about
+prompts, models or alert thresholds.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 
 T = TypeVar("T", bound=np.generic)
 
-# Rows that figures are taken over.
+# Number of latest rows that the statistics cover.
 RECENT = 1024
 
 
 @dataclass(frozen=True)
 class Drift:
-    """Over the latest rows that have a reward.
+    """Statistics of the latest rows that have a reward.
 
-    response_tokens: mean length of the responses. reward_length_correlation: Pearson's, 0 where one
-    of the two is always the same. repeated_responses: the share of responses that are equal to one
-    before them.
+    response_tokens: mean response length, tokens. reward_length_correlation: Pearson correlation of
+    reward and response length, 0 if either is constant. repeated_responses: share of responses that
+    equal an earlier one.
     """
 
     reward_mean: float
@@ -50,15 +50,16 @@ class RecentRewards:
         tokens: NDArray[np.float64],
         responses: NDArray[np.int64],
     ) -> None:
-        """Rewards [N], NaN where there is none; the responses' lengths, and hashes of them, [N]."""
+        """Add rows: rewards [N], NaN for none; lengths (tokens) and hashes of the responses [N]."""
         scored = np.isfinite(rewards)
         self._rewards = keep_recent(self._rewards, rewards[scored])
         self._tokens = keep_recent(self._tokens, tokens[scored])
         self._responses = keep_recent(self._responses, responses[scored])
 
     def drift(self) -> Drift | None:
-        """None before the first reward."""
-        if not (rows := len(self._rewards)):
+        """Return the statistics, None before the first reward."""
+        rows = len(self._rewards)
+        if rows == 0:
             return None
         reward, tokens = self._rewards.mean(), self._tokens.mean()
         spread = self._rewards.std() * self._tokens.std()
@@ -73,4 +74,5 @@ class RecentRewards:
 
 
 def keep_recent(before: NDArray[T], new: NDArray[Any]) -> NDArray[T]:
+    """Append `new` to `before`, and return the last RECENT values."""
     return np.concatenate([before, new], dtype=before.dtype)[-RECENT:]

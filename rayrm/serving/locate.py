@@ -1,20 +1,20 @@
-"""Find the exports that a Serve config names, and name them so that every node finds them."""
+"""Locate the exports that a config names, so that every node finds them."""
 
 from __future__ import annotations
 
 from rayrm.config import OWN
+from rayrm.errors import ServiceError
 from rayrm.model.adapters import read_adapters
 from rayrm.model.export import read_identity
-from rayrm.model.foreign import open_model, pinned
+from rayrm.model.foreign import open_model, open_template, pinned
 from rayrm.model.net import check_max_length, load_config
 from rayrm.serving.config import ServeConfig
-from rayrm.serving.record import (
-    Served,
-)
+from rayrm.serving.record import Served
+from rayrm.text.template import Template
 
 
 def locate_export(config: ServeConfig) -> tuple[ServeConfig, Served]:
-    """The config with its exports found, and named so that every node finds them.
+    """Return the config with its exports named so that every node finds them, and the exports.
 
     Raises ExportError, ModelError or ConfigError.
     """
@@ -31,8 +31,23 @@ def locate_export(config: ServeConfig) -> tuple[ServeConfig, Served]:
     return located, Served(export=where, version=export.version)
 
 
+def load_served_template(served: Served, max_length: int | None) -> Template:
+    """Load the template that builds the rows of a served version.
+
+    Raises ServiceError if its export holds another version by now: its replicas build rows as the
+    files did when they loaded them.
+    """
+    template, export = open_template(served.export, max_length)
+    if served.version and not export.has_version(served.version):
+        raise ServiceError(
+            f"{served.export} now holds {export.version}, not {served.version}, which was "
+            "deployed: deploy it again"
+        )
+    return template
+
+
 def locate_adapters(config: ServeConfig) -> tuple[ServeConfig, Served]:
-    """As locate_export, where several rewards share a backbone."""
+    """Do the same as locate_export for rewards that share a backbone."""
     read = read_adapters(config.export, config.adapters, config.max_length)
     found = {
         name: Served(

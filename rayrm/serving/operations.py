@@ -1,9 +1,9 @@
 """Operate an application: deploy, try out, promote, roll back, compare, delete.
 
-deploy() starts the application or gives it another export, try_out() lets one score a share of the
-callers or none, promote() and rollback() end that, delete() ends the application. They go by the
-record, whatever Serve says of the replicas' health: when a replica has died is when somebody rolls
-back. Knows nothing of what replicas compute.
+deploy() starts the application or gives it another export, try_out() lets an export score a share
+of the callers or none, promote() and rollback() end that trial, delete() ends the application. All
+rely on the record and not on Serve's health status, since a rollback is needed when replicas have
+died. Does not know what replicas compute.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ from rayrm.serving.record import (
 from rayrm.serving.shadow import Difference, merge
 from rayrm.serving.transports.handle import REPLICA
 
-# How often replicas are asked whether they hold what is staged, and how long they may take to say.
+# Seconds between polls of the replicas for the staged version, and seconds that a poll may take.
 STAGING_POLL_S = 0.5
 STAGING_TIMEOUT_S = 10.0
 
-# How long replicas are asked how what is in the shadow differs: Serve replaces one that died.
+# Seconds until all replicas must have answered compare(): Serve first replaces one that died.
 COMPARING_S = 60.0
 
 
 def deploy(config: ServeConfig) -> None:
-    """Serve an export as an application that clients call by its name; returns when all are ready.
+    """Serve an export as the application `config.app`; return when all replicas are ready.
 
-    Connects as ray.init() does if nobody has. Where the application runs, a new export is loaded
-    beside the one that is served and takes over when every replica has it; anything else that is
-    new replaces the replicas. Raises ExportError, ModelError or ConfigError before anything starts,
+    Calls ray.init() if Ray is not initialized. If the application runs, its replicas load a new
+    export next to the served one and switch when all have it; any other change of the config
+    replaces the replicas. Raises ExportError, ModelError or ConfigError before anything starts,
     ServiceError if replicas fail to start or to load.
     """
     config, served = locate_export(config)
@@ -65,25 +65,28 @@ def deploy(config: ServeConfig) -> None:
 
 
 def try_out(app: str, export: str, share: float = 0.0) -> Served:
-    """Serve an export beside the current one; returns its version when all replicas have it.
+    """Put an export on trial next to the current one; return it when all replicas have loaded it.
 
-    It scores that share of the callers, whole steps of them (a canary). With share 0 it answers
-    nobody, but scores, when nothing else waits, what the current one has answered (a shadow), and
-    compare() tells how they differ. Takes the place of what was on trial before.
+    share: share of the callers whose steps it scores (a canary). With share 0 it answers nobody:
+    when nothing else waits, it scores what the current version has answered (a shadow), and
+    compare() returns how their rewards differ. Replaces an earlier trial.
 
-    Raises ExportError, ModelError, or ConfigError for a share that is none; ServiceError where the
+    Raises ExportError, ModelError, ConfigError for a share outside 0 to 1, and ServiceError if the
     application does not run or a replica cannot load the export.
     """
     if not 0 <= share <= 1:
         raise ConfigError(f"share = {share}: must be from 0 (answers nobody) to 1 (all callers)")
     _, served = locate_export(_known(app).config.model_copy(update={"export": at_home(export)}))
     trial = Trial(served=served, share=share, since=time.time())
-    _load_beside(app, served, lambda record: record.model_copy(update={"trial": trial}))
+    _load_beside(app, served, lambda record, _: record.model_copy(update={"trial": trial}))
     return served
 
 
 def promote(app: str) -> Served:
-    """Let the version on trial score all callers from their next step on; says what that is."""
+    """Let the version on trial score all callers from their next step on; return it.
+
+    Raises ServiceError if none is on trial.
+    """
 
     def change(record: Record) -> Record:
         if record.trial is None:
@@ -94,14 +97,18 @@ def promote(app: str) -> Served:
 
 
 def rollback(app: str) -> Served:
-    """End the trial; without one, serve again what was served before. Says what is served then."""
+    """End the trial; without one, serve the previous version again. Return what is served then.
+
+    Raises ServiceError if neither exists.
+    """
     record = _known(app)
     if record.trial:
         return _change(app, partial(_without, record.trial)).current
-    if (previous := record.previous) is None:
+    previous = record.previous
+    if previous is None:
         raise ServiceError(f"application {app!r} has no version before this one")
     _serve(record.config.model_copy(update=previous.place), previous)
-    return previous
+    return _known(app).current
 
 
 def _without(trial: Trial, record: Record) -> Record:
@@ -111,52 +118,54 @@ def _without(trial: Trial, record: Record) -> Record:
 
 
 def delete(app: str) -> None:
-    """End the application and forget what it serves. Raises ServiceError where there is neither."""
+    """End the application and delete its record. Raises ServiceError if neither exists."""
     deployed = serve.status().applications
     if app in deployed:
-        serve.delete(app)  # first: a replica that starts would write the record again
+        serve.delete(app)  # before the record, which a starting replica would write again
     if not delete_record(app) and app not in deployed:
         names = ", ".join(map(repr, deployed)) or "none"
         raise ServiceError(f"no application {app!r} to delete; deployed: {names}")
 
 
 def compare(app: str) -> Difference:
-    """How the rewards of the version in the shadow differ from those of the current one.
+    """Return how the shadow's rewards differ from the current ones, over all live replicas' rows.
 
-    As far as the replicas know that live. Raises ServiceError where there is no such application.
+    Raises ServiceError if the application does not run or not all of its replicas answer.
     """
     _known(app)
     handle = serve.get_deployment_handle(REPLICA, app)
     deadline = time.monotonic() + COMPARING_S
-    while (told := _ask_all(handle, "difference")) is None and _running(app):
+    differences = _ask_all(handle, "difference")
+    while differences is None and _running(app):
         if time.monotonic() > deadline:
-            raise ServiceError(f"not all replicas of {app!r} answer")
+            raise ServiceError(f"not all replicas of {app!r} answered within {COMPARING_S:g} s")
         time.sleep(STAGING_POLL_S)
-    return merge(told or [])
+        differences = _ask_all(handle, "difference")
+    return merge(differences or [])
 
 
 def swap(app: str, served: Served) -> Record:
-    """Let every replica load it beside what it serves, then make it the current one.
+    """Let every replica load the export, then make it the current one.
 
-    Raises ServiceError, and leaves things as they are, where a replica cannot load it.
+    Raises ServiceError and changes nothing if a replica cannot load it.
     """
-    return _load_beside(app, served, lambda record: switched(record, served))
+    return _load_beside(app, served, switched)
 
 
 def switched(record: Record, served: Served) -> Record:
-    """The record once that is served, and nothing else is staged or tried."""
-    after = {
+    """Return the record with `served` as the current export, and nothing staged or on trial."""
+    updates = {
         "config": record.config.model_copy(update=served.place),
         "current": served,
         "previous": record.before(served),
         "staged": None,
         "trial": None,
     }
-    return record.model_copy(update=after)
+    return record.model_copy(update=updates)
 
 
 def _serve(config: ServeConfig, served: Served) -> None:
-    """Let the application serve that: in its replicas where some run, else in new ones."""
+    """Serve that export in the application's replicas if some run, else in new ones."""
     record = read_record(config.app)
     if record and _runs(config.app):
         if record.current != served:
@@ -171,27 +180,29 @@ def _serve(config: ServeConfig, served: Served) -> None:
 
     change_record(config.app, change)
     _run(config)
-    if (found := read_record(config.app)) is None or found.config != config:
+    written = read_record(config.app)
+    if written is None or written.config != config:
         raise ServiceError(f"application {config.app!r} was deployed by somebody else meanwhile")
 
 
 def _runs(app: str) -> bool:
-    """Whether replicas can be given something else to serve: some run, or ran and will again."""
-    there = serve.status().applications.get(app)
-    if there and there.status == "DEPLOYING":
+    """Return whether replicas can switch to another export: some run, or ran and will again."""
+    overview = serve.status().applications.get(app)
+    if overview and overview.status == "DEPLOYING":
         return _running(app) > 0
-    return bool(there and there.status in ("RUNNING", "UNHEALTHY"))
+    return bool(overview and overview.status in ("RUNNING", "UNHEALTHY"))
 
 
 def _running(app: str) -> int:
-    there = serve.status().applications.get(app)
-    replicas = there and there.deployments.get(REPLICA)
+    """Return the number of running replicas."""
+    overview = serve.status().applications.get(app)
+    replicas = overview and overview.deployments.get(REPLICA)
     states = replicas.replica_states.items() if replicas else ()
     return sum(n for state, n in states if state == "RUNNING")
 
 
 def _known(app: str) -> Record:
-    """The record of an application that Serve has."""
+    """Return the record of a running application. Raises ServiceError if it does not run."""
     record = read_record(app)
     if record is None or app not in serve.status().applications:
         raise ServiceError(f"application {app!r} does not run: deploy it first")
@@ -199,61 +210,76 @@ def _known(app: str) -> Record:
 
 
 def _change(app: str, change: Callable[[Record], Record]) -> Record:
+    """Write the record that `change` returns for a running application, and return it."""
     _known(app)
 
-    def change_there(record: Record | None) -> Record:
+    def change_existing(record: Record | None) -> Record:
         if record is None:
             raise ServiceError(f"application {app!r} was deleted meanwhile")
         return change(record)
 
-    changed = change_record(app, change_there)
+    changed = change_record(app, change_existing)
     assert changed is not None
     return changed
 
 
-def _load_beside(app: str, served: Served, change: Callable[[Record], Record]) -> Record:
-    """Once every replica holds it, write what change makes of the record.
+def _load_beside(app: str, served: Served, change: Callable[[Record, Served], Record]) -> Record:
+    """Let every replica load the export, then write the record that `change` returns.
 
-    Raises ServiceError where one cannot load it, or where somebody else stages something meanwhile.
-    However it ends, nothing is left staged by it.
+    `change` is called with the record and the export by its present version: replicas rename one
+    that an older rayrm has recorded. Raises ServiceError if a replica cannot load it, or if another
+    process stages an export meanwhile. In every case the export is no longer staged afterwards.
     """
     staged = Staged(served=served, owner=this_caller(), id=uuid4().hex)
 
     def change_mine(record: Record) -> Record:
-        if record.staged != staged:
-            raise ServiceError(f"application {app!r} was deployed by somebody else meanwhile")
-        return change(record).model_copy(update={"staged": None})
+        mine = _still_staged(record, staged)
+        return change(record, mine.served).model_copy(update={"staged": None})
 
     try:
         _change(app, lambda record: record.model_copy(update={"staged": staged}))
         handle = serve.get_deployment_handle(REPLICA, app)
-        while not _all_hold(handle, staged):
-            if (record := read_record(app)) is None or record.staged != staged:
-                raise ServiceError(f"application {app!r} was deployed by somebody else meanwhile")
+        while not _all_hold(handle, _still_staged(read_record(app), staged)):
             time.sleep(STAGING_POLL_S)
         return _change(app, change_mine)
-    except BaseException:  # Ctrl-C too
+    except BaseException:  # also on Ctrl-C
         change_record(app, unstaged(staged))
         raise
 
 
+def _still_staged(record: Record | None, staged: Staged) -> Staged:
+    """Return `staged` as the record has it. Raises ServiceError if it is not staged any more."""
+    if record is None or record.staged is None or record.staged.id != staged.id:
+        raise ServiceError(
+            f"{staged.served.export} is no longer staged: another process deployed meanwhile"
+        )
+    return record.staged
+
+
 def _all_hold(handle: DeploymentHandle[Any], staged: Staged) -> bool:
+    """Return whether all replicas have loaded the staged export.
+
+    Raises ServiceError if one of them cannot load it.
+    """
     app, pin = handle.app_name, staged.served.pin
-    if (replicas := _ask_all(handle, "catch_up")) is None:
-        return not _running(app)  # those that come will load it
+    replicas = _ask_all(handle, "catch_up")
+    if replicas is None:
+        return not _running(app)  # replicas that start later will load it
     for replica in replicas:
         if "staged" not in replica:
             raise ServiceError(
-                f"replicas of {app!r} were started by an older rayrm, and do not see what is "
-                "deployed now: delete the application and deploy it again"
+                f"replicas of {app!r} were started by an older rayrm, and do not see this "
+                "deployment: delete the application and deploy it again"
             )
-        if replica["staged"] == staged.id and (why := replica["failed"].get(pin)):
-            raise ServiceError(f"a replica cannot load {staged.served.export}: {why}")
+        if replica["staged"] == staged.id:
+            why = replica["failed"].get(pin)
+            if why:
+                raise ServiceError(f"a replica cannot load {staged.served.export}: {why}")
     return all(pin in replica["versions"] for replica in replicas)
 
 
 def _ask_all(handle: DeploymentHandle[Any], method: str) -> list[Any] | None:
-    """What each replica says; None while one that died or hangs is there, or none at all."""
+    """Return every replica's result of a method; None if one has died or hangs, or none runs."""
     try:
         return list(handle.broadcast(method).results(timeout_s=STAGING_TIMEOUT_S))
     except (TimeoutError, RayActorError, DeploymentUnavailableError):
@@ -275,14 +301,14 @@ def _start_serve(http: HttpSection) -> None:
         serve.start(proxy_location="Disabled")  # clients call through handles: no port is opened
         return
     serve.start(http_options={"host": http.host, "port": http.port})
-    # A Serve that runs already keeps its ports, and says so in its log at most.
+    # If Serve runs already it keeps its address, and logs this at most.
     client = _get_global_client()
     assert client is not None
     running = client.http_config
     if not serve.status().proxies:
-        raise ServiceError("Serve runs here already without HTTP: `serve shutdown` it first")
+        raise ServiceError("Serve runs here already without HTTP: run `serve shutdown` first")
     if (running.host, running.port) != (http.host, http.port):
         raise ServiceError(
             f"Serve runs here already and answers HTTP on {running.host}:{running.port}, not on "
-            f"{http.host}:{http.port}: take those, or `serve shutdown` it first"
+            f"{http.host}:{http.port}: use the former, or run `serve shutdown` first"
         )

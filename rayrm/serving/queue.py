@@ -1,7 +1,7 @@
 """Queue the groups of many callers, and decide what a replica computes next.
 
-Bounded in tokens, fair between callers, and a pack that fails is taken apart until only the rows
-that cannot be scored are left. Knows nothing of Serve, of versions or of text.
+The queue is bounded in tokens and fair between callers. A pack that fails is split until only the
+rows that cannot be scored are left. Does not know about Serve, versions or text.
 """
 
 from __future__ import annotations
@@ -27,51 +27,55 @@ Compute = Callable[[Sequence[TokenGroup]], Sequence[Values]]
 
 @dataclass(frozen=True)
 class Scored:
-    """A group's rewards, float32 [responses], NaN where errors, by response, has one."""
+    """Rewards of a group.
+
+    values: float32 [responses], NaN for a response with an error. errors: by index of the response.
+    """
 
     values: Values
     errors: Mapping[int, RowFailed] = field(default_factory=dict)
 
 
-# The chunks of a step arrive within milliseconds of each other. An idle queue that began with the
-# first would compute it on one thread, or in a small pack, while the others wait.
+# Seconds that an idle queue waits before its first pack: a step's chunks arrive within milliseconds
+# of each other, and the first alone would be a small pack, on CPU on one thread.
 GATHER_S = 0.01
 
-# What may wait: enough that the next pack is full and there before this one ends.
+# Limit of what may wait, in packs and in seconds of work, whichever is more: a full pack is then
+# ready when the current one ends.
 PACKS_WAITING = 4
 SECONDS_WAITING = 0.5
 
-# But no more than half of what callers still want of this replica, and packs as large as that, so
-# that replicas end together: what one has taken no other computes, however slow it is (guided
-# self-scheduling, Polychronopoulos and Kuck, IEEE Trans. Computers 1987). The least pays a call.
-# What comes in one chunk is not shared out: all of it may wait, and makes the packs full.
+# Near the end of steps, what waits and a pack are also limited to half of this replica's share of
+# outstanding tokens: no other replica computes what one has admitted, and all should end together
+# (guided self-scheduling, Polychronopoulos and Kuck, IEEE Trans. Computers 1987). The lower bounds,
+# in tokens and seconds of work, outweigh the cost of a call. Steps held entirely may wait in full.
 SHARE_WAITING = 0.5
 SHARE_PACK = 0.5
 LEAST_WAITING = 2048
 LEAST_SECONDS = 0.25
 
-# Where one replica holds nearly all that callers wait for, it computes so many packs together:
-# no small one is left, and on CPU no thread waits for another in between.
+# If the only replica has queued NEARLY_ALL of the outstanding tokens, it computes PACKS_AT_THE_END
+# packs together: no small one is left over, and on CPU no thread idles between two.
 PACKS_AT_THE_END = 2
 NEARLY_ALL = 0.75
 
-# Bounds of what a refused caller is told to wait, in seconds. Another replica may have room sooner,
-# and near the end of a step none may stand idle while a chunk is asleep.
+# Bounds of retry_after_s. Another replica may have room sooner, and near the end of a step no
+# replica should idle while a chunk waits to be resent.
 RETRY_AFTER = (0.05, 0.25)
 
-# The share of a new pack in the measured speed.
+# Weight of the latest pack in the measured speed.
 SMOOTHING = 0.3
 
 
 class ModelBroken(Exception):
-    """The model raises for every row. Never reaches a caller: the replica ends itself."""
+    """The model raises for every row. Never reaches a caller: the replica exits."""
 
 
 @dataclass(eq=False)
 class _Call:
-    """One caller's groups, their rewards as they come, and the future that waits for all.
+    """One call of TokenQueue.score: its groups, their rewards so far, and the future of all.
 
-    caller: None where nobody waits, which is computed when nothing else is there.
+    caller: None for background work, which is computed last. scored: by index of the group.
     """
 
     caller: Hashable
@@ -92,7 +96,7 @@ class _Call:
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """The g-th group of a call, waiting."""
+    """The group with index g of a call, waiting in the queue."""
 
     call: _Call
     g: int
@@ -100,13 +104,17 @@ class _Place:
 
 
 class TokenQueue:
-    """Groups of many callers, a pack a time, computed on a thread of its own.
+    """Queues groups of many callers and computes them pack by pack on a separate thread.
 
-    admit() refuses what would make more than the limit wait, or more than a caller's share of it
-    once half is taken; a caller with nothing here yet gets its first in while there is any room,
-    however large it is. A pack begins with the group that waited longest of the caller that was
-    served least (start-time fair queueing, Goyal, Vin and Cheng, SIGCOMM 1996), holds groups of one
-    compute only, and is filled with what fits. The groups of a cancelled caller are not computed.
+    admit() is the admission control: it refuses tokens above the limit, or above the caller's share
+    once half of the limit is taken. A caller with nothing admitted gets one chunk of any size in if
+    there is room at all. A pack starts with the oldest group of the caller that was served least
+    (start-time fair queueing, Goyal, Vin and Cheng, SIGCOMM 1996), is filled with what fits, and
+    holds groups of one compute function only. Groups of a cancelled call are not computed.
+
+    tokens_per_pack: token budget of a pack. max_tokens: upper bound of the limit. queued_tokens:
+    tokens that wait for a pack. tokens_per_second: measured speed, 0 if unknown. own, share,
+    outstanding: set from demand.Wanted by the owner.
     """
 
     def __init__(self, tokens_per_pack: int, max_tokens: int) -> None:
@@ -128,7 +136,7 @@ class TokenQueue:
 
     @contextmanager
     def admit(self, caller: Hashable, tokens: int) -> Iterator[None]:
-        """Admit so many tokens until the block is left. Raises Overloaded."""
+        """Admit that many tokens until the block is left. Raises Overloaded if there is no room."""
         self._refuse(caller, tokens)
         self._admitted[caller] += tokens
         try:
@@ -141,7 +149,10 @@ class TokenQueue:
     async def score(
         self, groups: Sequence[TokenGroup], compute: Compute, caller: Hashable = None
     ) -> list[Scored]:
-        """Rewards of every group's responses; without a caller, once nobody waits for others."""
+        """Compute the rewards of every group; without a caller, after those of all callers.
+
+        Raises ModelBroken if the model raises for every row.
+        """
         if not groups:
             return []
         call = _Call(caller, compute, groups, asyncio.get_running_loop().create_future())
@@ -156,15 +167,14 @@ class TokenQueue:
             self._remove([place for place in self._waiting if place.call is call])
 
     def between_packs(self, what: Callable[[], None]) -> None:
-        """Run a function between two packs, and wait for it."""
+        """Run a function between two packs; block until it returns, and pass on what it raises."""
         self._computing.submit(what).result()
 
     @property
     def limit(self) -> int:
-        """Tokens that may be admitted at once, of which one caller alone gets half.
+        """Maximum number of admitted tokens; the only caller gets half of it.
 
-        own: tokens that no other replica will get; share: those that callers want of this one
-        besides.
+        `own`, which no other replica will get, counts twice, so that it fits into that half.
         """
         most = max(PACKS_WAITING * self.tokens_per_pack, SECONDS_WAITING * self.tokens_per_second)
         least = max(LEAST_WAITING, LEAST_SECONDS * self.tokens_per_second)
@@ -173,7 +183,7 @@ class TokenQueue:
 
     @property
     def pack(self) -> int:
-        """Tokens of the next pack: less where little is left, so that all replicas end together."""
+        """Token budget of the next pack; less if little is left, so that replicas end together."""
         wanted = self.own + SHARE_PACK * self.share
         return int(min(self.tokens_per_pack, max(LEAST_WAITING / 2, wanted)))
 
@@ -183,7 +193,10 @@ class TokenQueue:
 
     @property
     def seconds_per_pack(self) -> float:
-        """How long the current pack has been computing; a group larger than a pack is several."""
+        """Seconds that the current pack has been computing, 0.0 if none is.
+
+        Divided by its number of packs if a larger group or several packs are computed together.
+        """
         if self._pack_since is None:
             return 0.0
         since, tokens = self._pack_since
@@ -191,19 +204,19 @@ class TokenQueue:
 
     def _refuse(self, caller: Hashable, tokens: int) -> None:
         total, own, limit = self._left_tokens(), self._admitted.get(caller, 0), self.limit
-        share = limit / len({*self._admitted, caller, None})  # room is kept for one caller more
+        share = limit / len({*self._admitted, caller, None})  # leaves room for one more caller
         if total + tokens <= limit / 2 or (total < limit and not own):
             return
         if total + tokens <= limit and own + tokens <= share:
             return
         raise Overloaded(
-            f"{total} tokens wait, {own} of them of this caller; with {tokens} more that is over "
-            f"the limit of {limit}, or over a caller's share of it",
+            f"{total} tokens wait, {own} of them from this caller: {tokens} more would exceed the "
+            f"limit of {limit}, or the caller's share of it",
             self._seconds_until_half(total + tokens),
         )
 
     def _left_tokens(self) -> int:
-        """What is admitted, less what the current pack should have computed by now."""
+        """Return the admitted tokens less those that the current pack should have computed."""
         left = self.admitted_tokens
         if self._pack_since is not None:
             since, tokens = self._pack_since
@@ -212,6 +225,7 @@ class TokenQueue:
         return max(0, left)
 
     def _seconds_until_half(self, total: int) -> float:
+        """Estimate when half of the limit is free again, within RETRY_AFTER."""
         low, high = RETRY_AFTER
         excess = max(0.0, total - self.limit / 2)
         return min(max(excess / self.tokens_per_second, low), high) if self._speed_known else high
@@ -221,8 +235,8 @@ class TokenQueue:
         return self.tokens_per_second > 0
 
     async def _drain(self) -> None:
-        """Compute until nothing waits."""
-        loop = asyncio.get_running_loop()  # its clock is time.monotonic, unless it is simulated
+        """Compute packs until nothing waits."""
+        loop = asyncio.get_running_loop()  # its clock is time.monotonic unless simulated
         await asyncio.sleep(GATHER_S)
         while self._waiting:
             pack = self._next_pack()
@@ -246,7 +260,10 @@ class TokenQueue:
         )
 
     def _next_pack(self) -> list[_Place]:
-        """The first group of the caller who was served least, and what fits beside it."""
+        """Remove the next pack from the queue and return it.
+
+        Its first group is the oldest of the caller that was served least.
+        """
         for caller in {place.call.caller for place in self._waiting} - self._served.keys():
             self._served[caller] = math.inf if caller is None else self._now_served
         order = sorted(self._waiting, key=lambda place: self._served[place.call.caller])
@@ -265,12 +282,12 @@ class TokenQueue:
         return pack
 
     def _room(self) -> int:
-        """Tokens of what is computed next; outstanding: those that callers have no reward for."""
+        """Return the token budget of what is computed next: a pack, or several at the end."""
         ends = self.queued_tokens >= NEARLY_ALL * self.outstanding
         return self.pack * (PACKS_AT_THE_END if ends and math.isinf(self.share) else 1)
 
     def _forget(self) -> None:
-        """Drop callers that have nothing waiting and are no further than the others."""
+        """Forget callers that have nothing waiting and were served no more than the others."""
         here = {place.call.caller for place in self._waiting}
         served = self._served.items()
         self._served = {c: s for c, s in served if c in here or s > self._now_served}
@@ -288,9 +305,9 @@ class TokenQueue:
 
 
 def compute_apart(compute: Compute, groups: Sequence[TokenGroup]) -> list[Scored]:
-    """compute; where that raises each half by itself, down to the rows that it raises for.
+    """Compute rewards; if that raises, compute each half separately, down to single rows.
 
-    Raises ModelBroken where it also raises for a row that it has to be able to score.
+    A row for which it raises alone gets RowFailed. Raises ModelBroken if PROBE fails as well.
     """
     try:
         return [Scored(values) for values in compute(groups)]
@@ -310,7 +327,7 @@ def compute_apart(compute: Compute, groups: Sequence[TokenGroup]) -> list[Scored
         return [Scored(np.full(1, np.nan, dtype=np.float32), {0: failed})]
 
 
-# A row that no model may fail on.
+# A row that every working model can score.
 PROBE = TokenGroup(np.zeros(0, dtype=np.int32), (np.zeros(1, dtype=np.int32),))
 
 

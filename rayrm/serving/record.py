@@ -1,8 +1,8 @@
-"""Which export an application serves: the cluster's record of it.
+"""The cluster's record of the export that an application serves.
 
-The record lies in the GCS, so that it outlives replicas, the controller and whoever deployed. The
-GCS has no compare-and-swap, so every write is a new key, and the highest counts. Knows nothing of
-models.
+The record is stored in the GCS, so it outlives replicas, the controller and the deploying process.
+The GCS has no compare-and-swap, so every write uses a new numbered key, and the highest number is
+current. Does not know about models.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from rayrm.errors import ServiceError
 from rayrm.serving.config import ServeConfig
 from rayrm.serving.ticket import Caller
 
-# Of records as they are written now. Format 1 had no field that said so.
+# Format of the records that this version writes. Records of format 1 have no `format` field.
 FORMAT = 2
 
-# Keys are NAME/NUMBER; in format 1 an application's name alone, under BEFORE.
+# Keys are NAME/NUMBER in NAMESPACE. In format 1 the key was the name alone, in BEFORE.
 NAMESPACE, BEFORE = b"rayrm.records", b"rayrm"
 DIGITS = 12
 
-# What an application computes in, by its name: written once, by its first replica.
+# Namespace of the applications' dtypes, by name; each is written once, by the first replica.
 DTYPES = b"rayrm.dtypes"
 
-# So many older writes stay. Who waits while more than that are made cannot tell whether the next
-# number is free or was pruned.
+# Number of older writes that are kept. A writer that is overtaken by more writes than that cannot
+# know whether its number is free or was pruned.
 KEPT = 32
 
 
 def pin_of(own: str, adapters: Mapping[str, str]) -> str:
-    """Join an export or version with those of the adapters beside it; without any it is own."""
+    """Join an export or version with those of its adapters; without adapters, return `own`."""
     return " ".join([own, *(f"{name}={adapters[name]}" for name in sorted(adapters))])
 
 
 class Served(BaseModel, frozen=True):
-    """An export by its place and its version, which has a hash of its weights.
+    """An export: its location, and its version, which contains a hash of the weights.
 
-    adapters: more rewards by name, on the backbone of this one.
+    adapters: further rewards by name, on the same backbone.
     """
 
     export: str
@@ -57,21 +57,22 @@ class Served(BaseModel, frozen=True):
 
     @property
     def pin(self) -> str:
-        """What a step is pinned to: one version of every reward."""
+        """Return the versions of all rewards as one string, to which a step is pinned."""
         return pin_of(self.version, {name: a.version for name, a in self.adapters.items()})
 
     @property
     def place(self) -> dict[str, Any]:
-        """The fields of a ServeConfig that say where it is."""
+        """Return the ServeConfig fields that locate the export and its adapters."""
         adapters = {name: adapter.export for name, adapter in self.adapters.items()}
         return {"export": self.export, "adapters": adapters}
 
 
 class Trial(BaseModel, frozen=True):
-    """A version that replicas hold beside the current one, and the share of callers it scores.
+    """A version that replicas hold in addition to the current one, to try it out.
 
-    Of share 0 it answers nobody: it scores what the current one has answered (a shadow). since:
-    seconds since 1970; the same version tried again is another trial.
+    share: share of the callers that it scores (a canary). With share 0 it answers nobody and scores
+    what the current version has answered (a shadow). since: start of the trial, seconds since 1970;
+    it distinguishes two trials of the same version.
     """
 
     served: Served
@@ -80,9 +81,10 @@ class Trial(BaseModel, frozen=True):
 
 
 class Staged(BaseModel, frozen=True):
-    """A version that replicas load beside the current one, for as long as its owner waits for that.
+    """A version that replicas load in addition to the current one while its owner waits.
 
-    id: of the deployment, since one owner may stage the same version again.
+    owner: the process that deploys it. id: identifies the deployment, since one owner may stage the
+    same version again.
     """
 
     served: Served
@@ -91,11 +93,11 @@ class Staged(BaseModel, frozen=True):
 
 
 class Record(BaseModel):
-    """What an application serves. config.export and config.adapters are those of current.
+    """The state of an application: what it serves, loads, tries out and can roll back to.
 
-    started: the exports that Serve starts replicas with, though they then load current. staged:
-    what replicas load besides, until it becomes current or is tried. previous: what a rollback
-    serves again.
+    config: its export and adapters are those of `current`. started: the exports in the arguments
+    that Serve starts replicas with; replicas then load `current`. staged: loaded in addition, until
+    it becomes current or goes on trial. previous: served again after a rollback.
     """
 
     format: int = FORMAT
@@ -108,47 +110,50 @@ class Record(BaseModel):
 
     @property
     def wanted(self) -> list[Served]:
-        """What every replica has to load."""
-        beside = [other.served for other in (self.staged, self.trial) if other]
-        return [self.current, *beside]
+        """Return everything that each replica must load."""
+        additional = [extra.served for extra in (self.staged, self.trial) if extra]
+        return [self.current, *additional]
 
     def before(self, served: Served) -> Served | None:
-        """Return what a rollback would serve after a switch to that."""
+        """Return what a rollback would serve after a switch to `served`."""
         return self.previous if self.current == served else self.current
 
     def find(self, version: str, caller: str) -> Served | None:
-        """What has that version of the own reward; with "" what scores a caller of that name."""
+        """Return the Served whose own reward has that version, None if unknown.
+
+        With version "" return the one that scores a caller of that name.
+        """
         if not version:
             return self.chosen_for(caller)
         known = [*self.wanted, *([self.previous] if self.previous else [])]
         return next((served for served in known if served.version == version), None)
 
     def chosen_for(self, caller: str) -> Served:
-        """What scores a caller of that name: always the same during a trial."""
+        """Return what scores a caller of that name: always the same during a trial."""
         if self.trial is None:
             return self.current
-        drawn = hashlib.sha256(f"{self.trial.served.pin} {caller}".encode()).digest()
-        share = int.from_bytes(drawn[:8]) / 2**64
-        return self.trial.served if share < self.trial.share else self.current
+        digest = hashlib.sha256(f"{self.trial.served.pin} {caller}".encode()).digest()
+        position = int.from_bytes(digest[:8]) / 2**64  # of the caller, uniform in [0, 1)
+        return self.trial.served if position < self.trial.share else self.current
 
 
 Change = Callable[[Record | None], Record | None]
-"""What is there → what is to be there; None where there is no record. May be called again."""
+"""Maps the present record to the next one; None is no record. May be called several times."""
 
 
 def read_record(app: str) -> Record | None:
-    """The application's record. Asks the GCS twice: a millisecond.
+    """Return the application's record, None if it has none. Two GCS requests: a millisecond.
 
-    Raises ServiceError where a newer rayrm has written it.
+    Raises ServiceError if a newer rayrm has written it.
     """
     return _parse(app, _latest(app)[1])
 
 
 def change_record(app: str, change: Change) -> Record | None:
-    """Write what change makes of the record, and return it.
+    """Write the record that `change` returns, and return it.
 
-    If somebody else was first, change decides again by what they have written. What it raises ends
-    that, and nothing is written.
+    If another process writes first, `change` is called again with the record of that process. If
+    `change` raises, nothing is written and the error propagates.
     """
     while True:
         number, found = _latest(app)
@@ -159,7 +164,7 @@ def change_record(app: str, change: Change) -> Record | None:
 
 
 def delete_record(app: str) -> bool:
-    """Forget the record, also one that a newer rayrm has written; whether there was one."""
+    """Delete the record, even if a newer rayrm has written it; return whether it existed."""
     while True:
         number, found = _latest(app)
         if not found or _write(app, number + 1, None):
@@ -171,32 +176,35 @@ def _parse(app: str, written: bytes) -> Record | None:
     if not written:
         return None
     values = json.loads(written)
-    if (format := values.setdefault("format", 1)) > FORMAT:
+    format = values.setdefault("format", 1)
+    if format > FORMAT:
         raise ServiceError(
-            f"application {app!r} has a record of format {format}, and this rayrm knows formats up "
+            f"application {app!r} has a record of format {format}, and this rayrm reads formats up "
             f"to {FORMAT}: use the rayrm that deployed it, or a newer one"
         )
     if format == 1:
-        values |= {"format": FORMAT, "staged": None}  # it had no owner, and so no end
+        values |= {"format": FORMAT, "staged": None}  # without an owner it would stay staged
     return Record.model_validate(values)
 
 
 def _latest(app: str) -> tuple[int, bytes]:
-    """The highest number that was written, and what; 0 where it was written before format 2.
+    """Return the highest number written and its value; number 0 for a record of format 1.
 
-    b"" is no record: it was deleted, so that numbers go on, or never written.
+    The value b"" is no record: it was never written, or deleted, after which the numbers go on.
     """
     while True:
-        if not (numbers := _numbers(app)):
+        numbers = _numbers(app)
+        if not numbers:
             return 0, _internal_kv_get(app.encode(), namespace=BEFORE) or b""
         found = _internal_kv_get(_key(app, max(numbers)), namespace=NAMESPACE)
-        if found is not None:  # else it was pruned, so there are higher ones
+        if found is not None:  # None: it was pruned, so higher numbers exist
             return max(numbers), found
 
 
 def _write(app: str, number: int, record: Record | None) -> bool:
-    """Whether that number was free and what is written under it is the latest, for a while."""
-    key, value = _key(app, number), record.model_dump_json().encode() if record else b""
+    """Write the record under that number; return False if another process may have been first."""
+    key = _key(app, number)
+    value = record.model_dump_json().encode() if record else b""
     taken = _internal_kv_put(key, value, overwrite=False, namespace=NAMESPACE)
     if taken and _internal_kv_get(key, namespace=NAMESPACE) != value:
         return False
@@ -225,27 +233,31 @@ def _prefix(app: str) -> bytes:
 
 
 def unstaged(staged: Staged) -> Change:
-    """Return a change that removes that staging, unless it is gone already."""
+    """Return a change that removes `staged` if it is still staged."""
 
     def change(record: Record | None) -> Record | None:
-        mine = record and record.staged == staged
-        return record.model_copy(update={"staged": None}) if record and mine else record
+        if record is None or record.staged is None or record.staged.id != staged.id:
+            return record
+        return record.model_copy(update={"staged": None})
 
     return change
 
 
 def renamed(old: Served, new: Served) -> Change:
-    """Return a change that renames a version wherever the record has it."""
+    """Return a change that replaces a version by its new name wherever the record has it."""
 
     def change(record: Record | None) -> Record | None:
         if record is None:
             return None
-        named = {of: new for of in ("current", "previous") if getattr(record, of) == old}
-        beside = {
-            of: place.model_copy(update={"served": new})
-            for of, place in (("staged", record.staged), ("trial", record.trial))
-            if place and place.served == old
-        }
-        return record.model_copy(update={**named, **beside})
+        updates: dict[str, Any] = {}
+        if record.current == old:
+            updates["current"] = new
+        if record.previous == old:
+            updates["previous"] = new
+        if record.staged and record.staged.served == old:
+            updates["staged"] = record.staged.model_copy(update={"served": new})
+        if record.trial and record.trial.served == old:
+            updates["trial"] = record.trial.model_copy(update={"served": new})
+        return record.model_copy(update=updates)
 
     return change

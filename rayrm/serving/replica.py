@@ -1,7 +1,7 @@
-"""A replica: merges what several callers send into full packs, and answers them.
+"""A replica: merge chunks of several callers into full packs, score them, and answer the callers.
 
-It holds the models (versions.py), a TokenQueue decides what is computed next, and rewards that it
-knows are not computed again. Knows nothing of how a step is cut into chunks, and nothing of
+It holds the models (versions.py) and remembers rewards, which it does not compute again; a
+TokenQueue decides what is computed next. Does not know how a step is cut into chunks, or about
 training.
 """
 
@@ -30,9 +30,7 @@ from rayrm.serving.config import ServeConfig
 from rayrm.serving.demand import Demand
 from rayrm.serving.metrics import ServeMetrics
 from rayrm.serving.queue import ModelBroken, TokenQueue
-from rayrm.serving.record import (
-    Trial,
-)
+from rayrm.serving.record import Trial
 from rayrm.serving.reward_cache import RewardCache
 from rayrm.serving.shadow import Comparison, Difference
 from rayrm.serving.ticket import Caller, Ticket
@@ -40,12 +38,12 @@ from rayrm.serving.versions import Models
 
 logger = logging.getLogger("ray.serve")
 
-# So many chunks wait at most to be scored once more, by a version in the shadow.
+# Maximum number of answered chunks that wait for the shadow to score them too.
 CHUNKS_SHADOWED = 16
 
 
 class Replica:
-    """One copy of the model behind a Serve handle; two versions during a hot swap."""
+    """One copy of the model behind a Serve handle; it holds two versions during a hot swap."""
 
     def __init__(self, config: ServeConfig) -> None:
         app = serve.get_replica_context().app_name
@@ -64,7 +62,7 @@ class Replica:
     async def score(
         self, chunk: Chunk, ticket: Ticket
     ) -> dict[str, Rewards] | Overloaded | VersionGone | UnknownReward:
-        """Rewards of a chunk's rows by name, in its order; or why they are not scored now."""
+        """Return the rewards of a chunk's rows by name, in its order; or why it is refused."""
         self.calls += 1
         cost = chunk.cost * len(ticket.rewards)
         try:
@@ -76,17 +74,18 @@ class Replica:
         except (Overloaded, VersionGone, UnknownReward) as refusal:
             self.refused += 1
             self.metrics.refused(refusal)
-            return refusal  # raised, it would be logged by Serve with its traceback
+            return refusal  # Serve would log a raised one with its traceback
         except ModelBroken:
-            logger.exception(f"step={ticket.step} part={ticket.part} this replica ends itself")
-            os._exit(1)  # Serve starts another, and callers send again what this one had
+            logger.exception(f"step={ticket.step} part={ticket.part} model broken, replica exits")
+            os._exit(1)  # Serve starts another replica, and callers resend this one's chunks
         trial = self.models.shadow
         if trial and OWN in rewards and ticket.version in ("", self.models.current):
             self._shadow(trial, chunk, rewards[OWN])
         return rewards
 
     async def _answer(self, model: RewardModel, chunk: Chunk, ticket: Ticket) -> dict[str, Rewards]:
-        loop, started = asyncio.get_running_loop(), time.perf_counter()
+        loop = asyncio.get_running_loop()
+        started = time.perf_counter()
         models = {name: model.named(name) for name in ticket.rewards}
         with self.metrics.request(len(chunk.finished)):
             encoded = await loop.run_in_executor(self._tokenizing, encode, model, chunk)
@@ -98,9 +97,9 @@ class Replica:
                 )
             self.metrics.found(self.cache.rows_found)
             rewards = dict(zip(models, scored, strict=True))
-            for name, of in rewards.items():
-                self.metrics.scored(name, of, chunk)
-        errors = sum(len(of) - of.errors.count(None) for of in scored)
+            for name, named_rewards in rewards.items():
+                self.metrics.scored(name, named_rewards, chunk)
+        errors = sum(len(r) - r.errors.count(None) for r in scored)
         logger.info(
             f"step={ticket.step} part={ticket.part} caller={ticket.caller.name} "
             f"version={model.version} rewards={','.join(models)} rows={len(scored[0])} "
@@ -116,7 +115,7 @@ class Replica:
         return model.collect(encoded, [s.values for s in scored], [s.errors for s in scored])
 
     def _shadow(self, trial: Trial, chunk: Chunk, rewards: Rewards) -> None:
-        """Let the shadow score the chunk too, when nothing else waits."""
+        """Let the shadow score the chunk too when nothing else waits; skip it if many wait."""
         if len(self.shadowing) >= CHUNKS_SHADOWED:
             self.metrics.unshadowed.inc(len(rewards))
             return
@@ -130,7 +129,7 @@ class Replica:
             encoded = await asyncio.to_thread(encode, model, chunk)
             tried = await self._rewards_by(model, encoded, None)
         except (VersionGone, ModelBroken):
-            logger.exception(f"version={trial.served.pin} cannot score what it is compared on")
+            logger.exception(f"version={trial.served.pin} could not score a chunk as the shadow")
             return
         if self.compared[0] != trial:
             self.compared = trial, Comparison()
@@ -138,9 +137,11 @@ class Replica:
         self.metrics.compared(self.difference())
 
     def difference(self) -> Difference:
-        """Return how the shadow's rewards differ, over this replica's rows."""
+        """Return how the shadow's rewards differ from the current ones on this replica's rows."""
         trial, comparison = self.compared
-        return (comparison if trial == self.models.shadow else Comparison()).difference()
+        if trial != self.models.shadow:
+            comparison = Comparison()  # what was compared belongs to an earlier trial
+        return comparison.difference()
 
     def _load(self, config: ServeConfig) -> RewardModel:
         model = load_replica(config)
@@ -148,7 +149,10 @@ class Replica:
         return model
 
     def check_health(self) -> None:
-        """Serve asks this every few seconds and replaces a replica that keeps raising."""
+        """Raise ServiceError if a pack has computed for longer than hang_timeout_s.
+
+        Serve calls this every few seconds and replaces a replica that keeps raising.
+        """
         if self.queue.seconds_per_pack > self.config.hang_timeout_s:
             raise ServiceError(
                 f"a pack has been computing for {self.queue.seconds_per_pack:.0f} s, "
@@ -156,28 +160,28 @@ class Replica:
             )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Serve asks this for its autoscaling policy: autoscale.py."""
+        """Return this replica's demand for Serve's autoscaling policy (autoscale.py)."""
         return self.demand.report()
 
     def catch_up(self) -> dict[str, Any]:
-        """Compare with the record soon; returns stats."""
+        """Trigger a comparison with the record, without waiting for it; return stats."""
         self.models.hasten()
         return self.stats()
 
     def stats(self) -> dict[str, Any]:
-        """Return what this replica did since it started, and what waits."""
+        """Return the loaded versions, counts since this replica started, and queue lengths."""
         model, staged = self.models.model, self.models.record.staged
         return {
             "pid": os.getpid(),
             "version": model.version,
             "versions": sorted(self.models.held),
             "dtype": model.dtype,
-            "failed": {version: of.why for version, of in self.models.failed.items()},
+            "failed": {version: failure.why for version, failure in self.models.failed.items()},
             "staged": staged.id if staged else "",
             "shadow": self.models.shadow.served.pin if self.models.shadow else "",
             "calls": self.calls,
             "refused": self.refused,
-            "forwards": sum(of.forwards for of in model.rewards.values()),
+            "forwards": sum(reward.forwards for reward in model.rewards.values()),
             "computed_tokens": self.queue.computed_tokens,
             "queued_tokens": self.queue.queued_tokens,
             "admitted_tokens": self.queue.admitted_tokens,
@@ -186,11 +190,12 @@ class Replica:
 
 
 def encode(model: RewardModel, chunk: Chunk) -> Encoded:
+    """Return the chunk's rows as token ids of that model."""
     return model.encode(chunk.rows(), chunk.tokenizer)
 
 
 def load_replica(config: ServeConfig) -> RewardModel:
-    """One copy of the model, on the device and the threads that its config gives it."""
+    """Load one copy of the model, on the device and the CPU threads that the config names."""
     if not config.gpus_per_replica:
         torch.set_num_threads(max(1, int(config.cpus_per_replica)))
     return RewardModel.load(
@@ -206,11 +211,11 @@ def load_replica(config: ServeConfig) -> RewardModel:
 
 
 def warm_up(model: RewardModel) -> None:
-    """Run the template, the kernels and the largest pack once, so that errors come at start."""
-    for of in model.rewards.values():
-        of.score(["Hello"] * 2, ["Yes.", "No, not at all."])
+    """Run the template, the kernels and the largest pack once, so that they fail at start."""
+    for reward in model.rewards.values():
+        reward.score(["Hello"] * 2, ["Yes.", "No, not at all."])
     longest = min(model.template.spec.max_length, model.tokens_per_pack)
     row = np.zeros(longest, dtype=np.int32)
     model.score_groups([TokenGroup(row[:0], (row,))] * (model.tokens_per_pack // longest))
-    for of in model.rewards.values():
-        of.forwards = 0
+    for reward in model.rewards.values():
+        reward.forwards = 0

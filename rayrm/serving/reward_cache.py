@@ -1,7 +1,7 @@
 """Cache rewards, and deduplicate rows that are being computed.
 
-The key is a row's token ids and the version that scores it. Bounded in bytes, with the least
-recently used evicted first. Knows nothing of callers or packs.
+The key is a row's token ids and the version that scores it. Bounded in bytes; the least
+recently used rows are evicted first. Does not know about callers or packs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rayrm.errors import RowFailed
 from rayrm.packing import TokenGroup
 from rayrm.serving.queue import Scored
 
-# What an entry takes: its key, its value, and their places in the dictionary.
+# Approximate size of an entry: key, value and their share of the dictionary.
 ENTRY_BYTES = 256
 
 Score = Callable[[Sequence[TokenGroup]], Awaitable[Sequence[Scored]]]
@@ -26,7 +26,10 @@ Reward = float | RowFailed
 
 
 class RewardCache:
-    """Scores groups, computing only rows whose reward is not known and not on its way."""
+    """Scores groups, computing only rows whose reward is neither cached nor being computed.
+
+    most: maximum number of cached rows. rows_found: number of rows that were not computed.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self.most = max_bytes // ENTRY_BYTES
@@ -38,7 +41,10 @@ class RewardCache:
         return len(self._known)
 
     async def score(self, version: str, groups: Sequence[TokenGroup], score: Score) -> list[Scored]:
-        """Rewards of every group's responses. What score raises, its caller gets."""
+        """Return the rewards of every group, in order.
+
+        Calls `score` for the rows that must be computed, and passes on what it raises.
+        """
         answer = _Answer(version, groups)
         self.rows_found += answer.take(self._recall(answer))
         while answer.missing:
@@ -60,7 +66,7 @@ class RewardCache:
     async def _compute(
         self, mine: Sequence[bytes], answer: _Answer, score: Score
     ) -> Mapping[bytes, Reward]:
-        """Rewards of these rows, which whoever wants them too waits for meanwhile."""
+        """Compute the rewards of these rows; other calls that need them wait for the result."""
         rewards: dict[bytes, Reward] = {}
         coming = asyncio.get_running_loop().create_future()
         self._coming |= dict.fromkeys(mine, coming)
@@ -69,7 +75,7 @@ class RewardCache:
             for of_group, scored in zip(keys, await score(groups), strict=True):
                 values = scored.values.tolist()
                 rewards |= {k: scored.errors.get(r, values[r]) for r, k in enumerate(of_group)}
-        finally:  # without rewards the others compute the rows themselves
+        finally:  # after an error, waiting calls compute the rows
             for key in mine:
                 del self._coming[key]
             coming.set_result(rewards)
@@ -85,7 +91,7 @@ class RewardCache:
 
 
 class _Answer:
-    """The rewards of groups as they come in, and the places of rows that are still missing."""
+    """The rewards of groups so far; missing: (group, response) indices by key of the row."""
 
     def __init__(self, version: str, groups: Sequence[TokenGroup]) -> None:
         self.groups = groups
@@ -101,7 +107,7 @@ class _Answer:
                 self.missing.setdefault(row.digest(), []).append((g, r))
 
     def take(self, rewards: Mapping[bytes, Reward]) -> int:
-        """How many places that fills."""
+        """Fill in the rewards of missing rows; return the number of responses filled."""
         filled = 0
         for key in self.missing.keys() & rewards.keys():
             reward = rewards[key]
@@ -114,7 +120,7 @@ class _Answer:
         return filled
 
     def groups_of(self, keys: Sequence[bytes]) -> tuple[list[list[bytes]], list[TokenGroup]]:
-        """These rows, each once, in the groups that they stand in: their keys, and the groups."""
+        """Return groups that hold each of these rows once, with the keys of each group's rows."""
         rows: dict[int, dict[int, bytes]] = {}
         for key in keys:
             g, r = self.missing[key][0]

@@ -1,6 +1,6 @@
-"""One attempt at a step: its chunks on their way, each sent until it is answered.
+"""Send a step's chunks, and resend each until it is answered.
 
-What is sent again, and when, is decided here. Knows nothing of how a chunk travels.
+Decides what is resent and when. Does not know about how a chunk is transported.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from rayrm.serving.transports import Away, Lost, NoRoom, Target, Transport
 
 logger = logging.getLogger("rayrm")
 
-# How often a chunk is sent again after its replica died: rows that kill every replica must not go
-# round for ever.
+# Maximum number of resends of a chunk whose replica died: its rows may be the cause.
 RETRIES = 5
 
-# Seconds between attempts, doubled each time up to the second.
+# First and longest pause between attempts in seconds; doubled each time.
 BACKOFF = (0.2, 5.0)
 
-# Refused chunks of a step that knock again within the time they were told to wait; the others wait
-# for longer, so that how often a caller knocks does not grow with its step.
+# Refused chunks of a step up to which each is resent after retry_after_s; with more, all wait
+# proportionally longer, so that a caller's rate of requests does not grow with its step.
 KNOCKS = 16
 
 Named = dict[str, Rewards]
@@ -41,10 +40,11 @@ OnArrival = Callable[["NDArray[Any]", Any], None]
 
 
 class Sending:
-    """A step on its way to a target, or a part of one that comes in several requests.
+    """One attempt to score a step, or one part of a step that comes in several requests.
 
-    part: the part's number, in front of those of its chunks. outstanding: tokens of the whole step,
-    about, that have no answer yet, where they are more than the part's own.
+    step: id of the step. patience_s: seconds without any answer after which a refused chunk raises
+    Overloaded. part: prefix of the chunks' numbers. outstanding: approximate number of tokens of
+    the whole step without an answer, if it is more than this part.
     """
 
     def __init__(
@@ -72,7 +72,11 @@ class Sending:
         self.answered_at = math.inf
 
     async def send(self, step: Step, tokenizer: str | None, on_arrival: OnArrival | None) -> Named:
-        """Cut the step, keep a few chunks a replica in flight, collect what arrives."""
+        """Send the step's chunks, a few per replica in flight, and return its rewards by name.
+
+        on_arrival: called for each chunk with its rows' indices and rewards by name. Raises
+        Overloaded, VersionGone, UnknownReward or ServiceError; the other chunks are then cancelled.
+        """
         self.answered_at = asyncio.get_running_loop().time()
         cut = step.cut(self.target.replicas, self.target.tokens_per_pack)
         chunks = [step.chunk(keys, tokenizer) for keys in cut]
@@ -81,13 +85,13 @@ class Sending:
         self.outstanding = self.waiting = tokens
         self.spread = len(chunks) > 1 or self.elsewhere > 0
 
-        places = asyncio.Semaphore(CHUNKS_PER_REPLICA * self.target.replicas)
+        slots = asyncio.Semaphore(CHUNKS_PER_REPLICA * self.target.replicas)
 
         async def score(part: int) -> dict[str, Arrival]:
             chunk = chunks[part]
-            async with places:
+            async with slots:
                 self.waiting -= self._cost(chunk)
-                await asyncio.sleep(0)  # the others that have a place do not wait either
+                await asyncio.sleep(0)  # other chunks that got a slot leave `waiting` too
                 reply = await self.send_chunk(part, chunk)
             arrived = {name: step.arrived(cut[part], of) for name, of in reply.items()}
             self.outstanding -= self._cost(chunk)
@@ -96,7 +100,7 @@ class Sending:
                 on_arrival(rows, {name: of for name, (_, of) in arrived.items()})
             return arrived
 
-        # Where nobody knows which version is served, the first answer tells: alone.
+        # If the version is unknown, the first chunk goes out alone; its answer pins the others.
         first = 0 if self.target.version else 1
         arrivals = [await score(part) for part in range(len(chunks))[:first]]
         tasks = [asyncio.ensure_future(score(part)) for part in range(len(chunks))[first:]]
@@ -108,11 +112,11 @@ class Sending:
                 task.cancel()
 
     def _cost(self, chunk: Chunk) -> int:
-        """Tokens to compute, about: every reward takes a forward of its own."""
+        """Return the approximate tokens to compute: every reward takes a separate forward pass."""
         return chunk.cost * len(self.target.rewards)
 
     async def send_chunk(self, part: int, chunk: Chunk) -> Named:
-        """One chunk's rewards, from whichever replica is alive and has room."""
+        """Send one chunk until a replica answers it; return its rewards by name."""
         lost = full = away = 0
         while True:
             try:
@@ -121,17 +125,20 @@ class Sending:
                 await self._wait_for_room(refusal, self._cost(chunk))
                 continue
             except NoRoom as error:
-                wait = backoff(full := full + 1)
+                full += 1
+                wait = backoff(full)
                 self._warn(part, "found no room in the object store", error)
             except Away as error:
-                wait = backoff(away := away + 1)
+                away += 1
+                wait = backoff(away)
                 self._warn(part, "did not reach the service", error)
             except Lost as error:
-                wait = backoff(lost := lost + 1)
-                self._warn(part, f"lost its replica, time {lost}", error)
+                lost += 1
+                wait = backoff(lost)
+                self._warn(part, f"lost its replica ({lost} so far)", error)
                 if lost > RETRIES:
                     raise ServiceError(
-                        f"{lost} replicas of {self.transport.name} died while they scored the same "
+                        f"{lost} replicas of {self.transport.name} died while scoring the same "
                         f"{len(chunk.finished)} rows of step {self.step}; the last: {error}"
                     ) from error
             else:
@@ -154,7 +161,7 @@ class Sending:
         )
 
     async def _wait_for_room(self, refusal: Overloaded, tokens: int) -> None:
-        """At random, so that callers do not come back together."""
+        """Wait a random time, so that callers do not return together; raise after patience_s."""
         if asyncio.get_running_loop().time() - self.answered_at > self.patience_s:
             raise refusal
         self.refused += 1
@@ -176,6 +183,6 @@ class Sending:
 
 
 def backoff(attempt: int) -> float:
-    """Seconds to wait before that attempt."""
+    """Return the seconds to wait after that many failed attempts."""
     first, most = BACKOFF
     return min(first * 2.0 ** (attempt - 1), most)

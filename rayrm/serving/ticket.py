@@ -1,6 +1,6 @@
-"""Who sends a chunk, and of which step it is: what logs, queues and versions go by.
+"""Define what identifies a chunk: its caller (Caller) and its step (Ticket).
 
-Plain values that cross Ray with every chunk. Knows nothing of how they are used.
+Plain values that are sent with every chunk. Does not know about how they are used.
 """
 
 from __future__ import annotations
@@ -12,25 +12,28 @@ from rayrm.config import OWN
 
 @dataclass(frozen=True)
 class Caller:
-    """A driver, task or actor of the cluster, by its job and its actor's id; "" where it has none.
+    """A process that scores steps: a driver, task or actor of the cluster, or an HTTP client.
 
-    name tells callers of one process apart, in logs and in queues.
+    name: its name in logs and queues; distinguishes callers in one process. job, actor, worker: Ray
+    ids, "" if there is none; worker identifies the process of a driver or task.
     """
 
     name: str
     job: str
     actor: str
+    worker: str = ""
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """Whose call that is: what logs, queues and versions go by.
+    """What a replica must know about a chunk apart from its rows.
 
-    step: id of the step. part: the chunk's number in it, over HTTP behind its request's. version:
-    what has to score it, "" for whatever is served. rewards: names of those that are wanted.
-    outstanding: tokens of the step, about, that have no answer yet. waiting: those of them that are
-    sent to no replica for now. replicas: how many there are to compute them. spread: other replicas
-    may have heard of the step too, since it has more chunks or one has been refused.
+    step: id of the step. part: the chunk's number in it, over HTTP after the request's number.
+    caller: who sends it. version: the version that must score it, "" for whichever is served.
+    outstanding: approximate number of the step's tokens without an answer. waiting: those of them
+    that are not in flight. replicas: number of replicas that share the step. spread: whether other
+    replicas may have seen tickets of the step, since it has more chunks or one was refused.
+    rewards: requested names.
     """
 
     step: str

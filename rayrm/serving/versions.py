@@ -1,6 +1,6 @@
-"""The models that a replica holds: what the application's record wants, and the one before.
+"""Hold a replica's models: those that the application's record names, and the previous one.
 
-A replica compares itself with the record when it starts and every few seconds. Knows nothing of
+A replica compares itself with the record when it starts and every few seconds. Does not know about
 queues.
 """
 
@@ -40,19 +40,23 @@ from rayrm.serving.record import (
 
 logger = logging.getLogger("ray.serve")
 
-# How often a replica compares itself with the record; catch_up makes it do so at once.
+# Seconds between comparisons with the record; catch_up triggers one at once.
 COMPARE_S = 2.0
 
-# A step that is pinned to the model before still sends chunks, after waits of some seconds too.
+# Seconds from a replaced model's last use until it is dropped: pinned steps still send chunks, and
+# may wait some seconds in between.
 LINGER_S = 10.0
 
-# Seconds until a model that could not be loaded is tried again, doubled each time up to the second.
+# Seconds before a failed load is retried: first pause, doubled each time, and longest pause.
 RETRY_S = (COMPARE_S, 60.0)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a model could not be loaded, how often, and when it is tried again (time.monotonic)."""
+    """A model that failed to load.
+
+    why: the error. times: number of failures. again_at: time of the next attempt (time.monotonic).
+    """
 
     why: str
     times: int
@@ -60,10 +64,10 @@ class Failure:
 
 
 def decide_dtype(app: str, config: ServeConfig) -> Dtype:
-    """What the application computes in: by name, or what its first replica's machine is fast in.
+    """Return the application's dtype: the configured one, or the fast one on its first replica.
 
-    Of replicas that start at once one decides, and those that come later compute the same: a
-    version has one kind of bits. Kept until the record is deleted.
+    The first replica decides for all later ones, so that a version gives the same bits on each. The
+    decision is kept until the record is deleted.
     """
     device = "cuda" if config.gpus_per_replica else "cpu"
     if config.dtype != "auto":
@@ -74,18 +78,18 @@ def decide_dtype(app: str, config: ServeConfig) -> Dtype:
     decided = cast(Dtype, _internal_kv_get(**at).decode())
     if decided != fast:
         logger.warning(
-            f"{app} computes in {decided}, which its first replica decided; this machine is faster "
+            f"{app} computes in {decided}, as its first replica decided; this machine is faster "
             f"in {fast}"
         )
     return decided
 
 
 class Models:
-    """The models that a replica has loaded: those of the record, and the previous one while in use.
+    """A replica's loaded models: those of the record, and the previous one while in use.
 
-    They are looked up by what steps are pinned to: a version and those of its adapters. load makes
-    a model of a config, ready to score, beside the current one. tell is called after every
-    comparison with the record: with the loaded models, the current one, and the shadow's trial.
+    held: models by pin (Served.pin). load: loads a config's model, ready to score, while the
+    current one keeps scoring. tell: called after every comparison with the record, with the loaded
+    models, the current one, and the shadow's trial or None.
     """
 
     def __init__(
@@ -113,33 +117,38 @@ class Models:
         threading.Thread(target=self._follow, name="follow", daemon=True).start()
 
     async def get(self, version: str) -> RewardModel:
-        """Return the model of that version, "" for the current one. Raises VersionGone."""
+        """Return the model of that version, "" for the current one.
+
+        Raises VersionGone if it is not served, or cannot be loaded for now.
+        """
         if not version:
             return self.model
-        if (model := self.held.get(version)) is None:
+        model = self.held.get(version)
+        if model is None:
             model = await asyncio.to_thread(self._obtain, version)
         self._asked[version] = time.monotonic()
         return model
 
     def hasten(self) -> None:
-        """Compare with the record soon."""
+        """Trigger a comparison with the record, without waiting for it."""
         self._wake.set()
 
     def compare(self) -> None:
-        """Load what the record names; drop what it does not name and no step has used lately."""
+        """Load what the record names; drop other models that no step has used lately."""
         with self._changing:
             record = read_record(self.app)
             if record and record.staged and not is_alive(record.staged.owner):
-                logger.warning(f"staged={record.staged.served.pin} is nobody's: its owner died")
+                logger.warning(f"staged={record.staged.served.pin} is removed: its owner died")
                 record = change_record(self.app, unstaged(record.staged))
             if record is None:  # the application is being deleted
                 return
             if record != self.record:
                 self.failed = {}
-            self.record = record
             for served in record.wanted:
                 if served.pin not in self.held and not self._paused(served.pin):
                     self._try(served)
+                    record = read_record(self.app) or record  # loading may have renamed a version
+            self.record = record
             if model := self.held.get(record.current.pin):
                 self.current, self.model = record.current.pin, model
             self.shadow = record.trial if record.trial and not record.trial.share else None
@@ -151,30 +160,33 @@ class Models:
             self.tell(self.held.values(), self.model, self.shadow)
 
     def _obtain(self, version: str) -> RewardModel:
-        """Load a version that the record names and this replica has not seen; else VersionGone."""
+        """Return the model of a version, loading it if the record names it. Raises VersionGone."""
         record = read_record(self.app)
         if record and version in {served.pin for served in record.wanted}:
-            if failure := self._paused(version):
+            failure = self._paused(version)
+            if failure:
                 raise VersionGone(f"a replica cannot load {version} for now: {failure.why}")
             self.compare()
-        if (model := self.held.get(version)) is None:
+        model = self.held.get(version)
+        if model is None:
             raise VersionGone(f"{version} is not served (any more); {self.current} is")
         return model
 
     def _start(self) -> Record:
-        """Load what the record names, or what a Serve config that came after it does."""
-        record, own = read_record(self.app), pin_of(self.config.export, self.config.adapters)
-        if record is None or record.started != own:
+        """Load what the record names, or what a newer Serve config names; return the record."""
+        record = read_record(self.app)
+        started = pin_of(self.config.export, self.config.adapters)
+        if record is None or record.started != started:
             served = self._load(None)
             record = change_record(self.app, partial(self._started, served))
             assert record is not None
         if record.current.pin not in self.held:
             self._load(record.current)
-            record = read_record(self.app) or record  # which may have got a new name
+            record = read_record(self.app) or record  # loading may have renamed a version
         return record
 
     def _started(self, served: Served, record: Record | None) -> Record:
-        """Return the record that this first replica of a Serve config writes."""
+        """Return the record that the first replica of a Serve config writes."""
         started = pin_of(self.config.export, self.config.adapters)
         if record and record.started == started:  # another replica was first
             return record
@@ -188,8 +200,8 @@ class Models:
             self._wake.clear()
             try:
                 self.compare()
-            except Exception:  # the GCS may be away for a moment: what is held goes on being served
-                logger.exception("could not compare with what is wanted")
+            except Exception:  # the GCS may be unreachable briefly: keep serving the held models
+                logger.exception("could not compare with the record")
 
     def _try(self, served: Served) -> None:
         try:
@@ -198,18 +210,21 @@ class Models:
             before = self.failed.get(served.pin)
             times = before.times + 1 if before else 1
             pause = min(RETRY_S[0] * 2 ** (times - 1), RETRY_S[1])
-            logger.exception(f"could not load version={served.pin}, again in {pause:.0f} s")
+            logger.exception(f"could not load version={served.pin}, retry in {pause:.0f} s")
             why = f"{type(error).__name__}: {error}"
             failure = Failure(why, times, time.monotonic() + pause)
             self.failed = {**self.failed, served.pin: failure}
 
     def _paused(self, version: str) -> Failure | None:
-        """Return why a version failed to load, until it is tried again."""
+        """Return the failure of a version that must not be retried yet, else None."""
         failure = self.failed.get(version)
         return failure if failure and time.monotonic() < failure.again_at else None
 
     def _load(self, wanted: Served | None) -> Served:
-        """Load it (None: what the config names) and return what was loaded."""
+        """Load `wanted`, or what the config names if it is None; return what was loaded.
+
+        Raises ExportError if the export holds another version than `wanted`.
+        """
         config = self.config.model_copy(update={"dtype": self.dtype})
         if wanted:
             config = config.model_copy(update=wanted.place)
@@ -225,14 +240,14 @@ class Models:
         )
         if wanted and served != wanted and known_before(model, wanted):
             logger.warning(
-                f"{wanted.pin} is called {served.pin} from now on: a version names the chat "
-                "template and the tokenizer's files as well"
+                f"{wanted.pin} is called {served.pin} from now on: a version also covers the chat "
+                "template and the tokenizer's files"
             )
             change_record(self.app, renamed(wanted, served))
         elif wanted and served != wanted:
             raise ExportError(
-                f"{config.export} holds {served.pin}, and not {wanted.pin}, which was there when "
-                "it was deployed: deploy it again"
+                f"{config.export} now holds {served.pin}, not {wanted.pin}, which was deployed: "
+                "deploy it again"
             )
         self.held[served.pin] = model
         logger.info(
@@ -242,9 +257,9 @@ class Models:
 
 
 def known_before(model: RewardModel, wanted: Served) -> bool:
-    """Whether an earlier rayrm, which hashed less, gave these weights that version."""
-    named = {OWN: wanted, **wanted.adapters}
-    return named.keys() == model.rewards.keys() and all(
-        of.export is not None and named[name].version in of.export.old_versions
-        for name, of in model.rewards.items()
+    """Return whether an earlier rayrm, which hashed less, gave these weights that version."""
+    wanted_by_name = {OWN: wanted, **wanted.adapters}
+    return wanted_by_name.keys() == model.rewards.keys() and all(
+        reward.export is not None and wanted_by_name[name].version in reward.export.old_versions
+        for name, reward in model.rewards.items()
     )

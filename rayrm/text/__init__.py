@@ -1,1 +1,1 @@
-"""A row's text and its token ids: chat templates, ends, cuts, fingerprints."""
+"""Turn rows of text into token ids: chat templates, ends of turn, truncation, fingerprints."""

@@ -1,10 +1,10 @@
-"""A tokenizer's chat template: what it writes around prompts and answers, and a row's text by it.
+"""Compose the text of a row with a tokenizer's chat template.
 
-Two rules, of which an export has one. "template": the template renders prompt and response.
-"continue": it renders the prompt with its generation prompt, and the response's own text and the
-end of turn follow, as a sampler saw them. They give the same text unless the template rewrites
-answers (Qwen3's writes an empty thought before an answer without one, DeepSeek-R1's drops
-thoughts). A response that was cut off is never rewritten. Knows nothing of ids and lengths.
+An export has one of two rules. "template": the template renders prompt and response. "continue":
+it renders the prompt with its generation prompt; the response's own text and the end of turn
+follow, as a sampler saw them. The texts are equal unless the template rewrites answers: Qwen3's
+writes an empty thought before an answer without one, DeepSeek-R1's drops thoughts. An unfinished
+response is never rewritten. Does not know about ids and lengths.
 """
 
 from __future__ import annotations
@@ -21,29 +21,42 @@ from transformers import PreTrainedTokenizerBase
 from rayrm.data.records import MESSAGE_KEYS, Message
 from rayrm.errors import EmptyResponse, InvalidRow, ModelError
 from rayrm.rows import Tools
-from rayrm.text.dropped import THOUGHT_KEYS, first_dropped
+from rayrm.text.dropped import (
+    THOUGHT_KEYS,
+    THOUGHT_TAGS,
+    Render,
+    dropped_thoughts,
+    first_dropped,
+)
 from rayrm.text.ends import Ends
 
 Rule = Literal["template", "continue"]
 Thoughts = Literal["keep", "drop"]
 
-# Stand for a prompt and a response where only what a template writes around them is wanted.
+# A prompt and a response to find out what a template writes around them.
 PROMPT, RESPONSE = "PROMPT", "RESPONSE"
 
-# What a message has for the template; nothing else of it can change a reward.
+# Keys of a message that the template gets; no other key can change a reward.
 KEYS = ("role", "content", *MESSAGE_KEYS)
 
-# A thought that a response begins with; one that was cut off is all of the response.
-_OPEN, _CLOSE = "<think>", "</think>"
-_THOUGHT = re.compile(r"\s*<think>.*?(</think>\s*|$)", re.DOTALL)
+# A thought at the start of a response; without its end it is all of the response.
+_THOUGHT = re.compile(
+    "|".join(
+        rf"\s*{re.escape(start)}.*?({re.escape(end)}\s*|$)" for start, end in THOUGHT_TAGS.items()
+    ),
+    re.DOTALL,
+)
 
-# Answers as models give them, to see whether a template rewrites them.
-_ANSWERS = ("Paris, I think.", "<think>\nFrance, so\n</think>\n\nParis.")
+# Answers as models sample them, to find out whether a template rewrites them.
+_ANSWERS = (
+    "Paris, I think.",
+    *(f"{start}\nFrance, so\n{end}\n\nParis." for start, end in THOUGHT_TAGS.items()),
+)
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The chat template of a tokenizer; ends: tokens besides its own that end a text."""
+    """A tokenizer's chat template. ends: tokens besides the tokenizer's EOS that end a text."""
 
     tokenizer: PreTrainedTokenizerBase
     ends: tuple[str, ...] = ()
@@ -51,9 +64,9 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], tools: Tools | None = None, *, answer: bool = False
     ) -> str:
-        """What the template writes; answer: and what an answer is to begin with.
+        """Render messages; with answer=True, followed by the generation prompt.
 
-        Raises InvalidRow where it refuses the messages.
+        Raises InvalidRow if the template refuses the messages.
         """
         try:
             return self._render([bare(m) for m in messages], tools, answer)
@@ -71,15 +84,15 @@ class ChatTemplate:
         rule: Rule = "template",
         thoughts: Thoughts = "keep",
     ) -> str:
-        """The text of a row whose response is the last message, closed if it is finished.
+        """Return the text of a row that ends with its response, with the end of turn if finished.
 
-        thoughts "drop": the last message is judged without its thought. Raises InvalidRow where the
-        template refuses the messages, EmptyResponse where nothing is left to judge.
+        thoughts: "drop" leaves out the thought of the last message. Raises InvalidRow if the
+        template refuses the messages, EmptyResponse if nothing is left to score.
         """
         final = self.judged(messages[-1], thoughts, finished)
         content = final["content"]
         end = self.closing[1] if finished else ""
-        if len(bare(final)) > 2:  # calls, or a thought by itself: only the template can write them
+        if len(bare(final)) > 2:  # only the template can write calls and separate thoughts
             return self._answered([*messages[:-1], final], tools) + end
         if rule == "continue":
             return self.join(self.render(messages[:-1], tools, answer=True), content) + end
@@ -90,12 +103,14 @@ class ChatTemplate:
         return body if self._as_sampled(body, head, content) else self.join(head, content)
 
     def judged(self, final: Message, thoughts: Thoughts, finished: bool) -> Message:
-        """The last message as it is judged: without the end that a sampler left behind it."""
+        """Return the last message as it is scored: without a sampler's end, perhaps its thought."""
         content, _ = self.tokens.split(final.get("content") or "")
         if thoughts == "drop":
-            if _OPEN in self.opening and _OPEN not in content:
-                # The generation prompt wrote it; without its end all is thought, or nothing is.
-                content = _OPEN + content if _CLOSE in content or not finished else content
+            begun = _begun_thought(self.opening)
+            if begun and begun not in content:
+                # Without an end, an unfinished response is all thought, a finished one has none.
+                ends = THOUGHT_TAGS[begun] in content or not finished
+                content = begun + content if ends else content
             if thought := _THOUGHT.match(content):
                 content = content[thought.end() :]
             final = {k: v for k, v in final.items() if k not in THOUGHT_KEYS}
@@ -103,14 +118,15 @@ class ChatTemplate:
             raise EmptyResponse(
                 "the response is empty: there is nothing to score"
                 if thoughts == "keep"
-                else "the response is empty, or no more than a thought, which is not judged"
+                else "the response is empty, or no more than a thought, which is not scored"
             )
         return {**final, "content": content or (final.get("content") and "")}
 
     def join(self, head: str, content: str) -> str:
-        """A rendered prompt and the answer that follows, whose <think> it may have written."""
-        if head.rstrip().endswith(_OPEN) and content.lstrip().startswith(_OPEN):
-            content = content.lstrip().removeprefix(_OPEN)
+        """Append an answer to a rendered prompt, which may have begun the answer's thought."""
+        begun = _begun_thought(head)
+        if begun and content.lstrip().startswith(begun):
+            content = content.lstrip().removeprefix(begun)
             written = head[len(head.rstrip()) :]
             content = content.removeprefix(written)
         elif not content.startswith(self.lead):
@@ -128,27 +144,42 @@ class ChatTemplate:
         rule: Rule = "template",
         thoughts: Thoughts = "keep",
     ) -> str | None:
-        """What of a row the template drops, in words; otherwise as compose.
+        """Name the first part of a row that the template drops; None if it drops nothing.
 
-        judged: index of the response's first message. asked: what comes before was asked about.
+        judged: index of the response's first message. asked: the prompt is known to be kept. Other
+        arguments and errors: see compose.
         """
+        render, given = self._rendering(messages, finished, rule, thoughts)
+        return first_dropped(render, given, tools, judged=judged, asked=asked)
+
+    def dropped_thoughts(
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None = None,
+        *,
+        judged: int,
+        finished: bool = True,
+        rule: Rule = "template",
+        thoughts: Thoughts = "keep",
+    ) -> int:
+        """Count the messages before the response whose thoughts the template drops."""
+        render, given = self._rendering(messages, finished, rule, thoughts)
+        return dropped_thoughts(render, given, tools, judged=judged)
+
+    def _rendering(
+        self, messages: Sequence[Message], finished: bool, rule: Rule, thoughts: Thoughts
+    ) -> tuple[Render, list[Message]]:
+        """Return how compose renders these messages, and those of them that it renders."""
         final = bare(self.judged(messages[-1], thoughts, finished))
         given = [bare(m) for m in messages[:-1]]
         sampled = len(final) == 2 and (rule == "continue" or not finished)
         if not sampled:
             given.append(final)
-        return first_dropped(
-            partial(self._render, answer=sampled),
-            given,
-            tools,
-            judged=judged,
-            final=len(messages) - 1,
-            asked=asked,
-        )
+        return partial(self._render, answer=sampled), given
 
     @cached_property
     def rewrites(self) -> bool:
-        """Whether an answer as it is sampled and as the template writes it differ."""
+        """Whether the template writes an answer differently from how it was sampled."""
         prompt = _message("user", PROMPT)
         for answer in _ANSWERS:
             try:
@@ -162,12 +193,15 @@ class ChatTemplate:
 
     @cached_property
     def opening(self) -> str:
-        """What the template writes behind a prompt when an answer is to be sampled."""
+        """The text that the template writes after a prompt before an answer is sampled."""
         return self.render([_message("user", PROMPT)], answer=True).partition(PROMPT)[2]
 
     @cached_property
     def lead(self) -> str:
-        """What it writes between that and an answer: space, or all where it has no such prompt."""
+        """The whitespace between the generation prompt and an answer.
+
+        If the template has no generation prompt, it is all that precedes an answer.
+        """
         prompt = [_message("user", PROMPT)]
         head = self.render(prompt, answer=True)
         whole = self.render([*prompt, _message("assistant", RESPONSE)])
@@ -177,7 +211,7 @@ class ChatTemplate:
 
     @cached_property
     def closing(self) -> tuple[str, str]:
-        """What it writes behind a response, and the part of it that a row ends in."""
+        """The text that the template writes after a response, and the part that a row ends with."""
         try:
             rendered = self.render([_message("user", PROMPT), _message("assistant", RESPONSE)])
         except InvalidRow as error:
@@ -194,7 +228,7 @@ class ChatTemplate:
 
     @cached_property
     def user_header(self) -> str:
-        """What it writes before the text of a user's turn in the middle of a conversation."""
+        """The text that the template writes before the content of a later user message."""
         question, again = (_message("user", mark) for mark in (PROMPT, "AGAIN"))
         text = self.render([question, _message("assistant", RESPONSE), again])
         between = text[text.rindex(RESPONSE) + len(RESPONSE) : text.rindex("AGAIN")]
@@ -202,7 +236,7 @@ class ChatTemplate:
 
     @cached_property
     def tokens(self) -> Ends:
-        """What ends and pads a text of this template's."""
+        """The tokens that end and pad a text of this template."""
         kept = self.closing[1]
         own = [t for t in self.special_tokens if t in kept]
         return Ends.of(kept, own, {*self.ends, eos(self.tokenizer)}, pad_of(self.tokenizer))
@@ -215,7 +249,7 @@ class ChatTemplate:
         )
 
     def _answered(self, messages: Sequence[Message], tools: Tools | None = None) -> str:
-        """The template's rendering of messages that end in an answer, without its closing."""
+        """Render messages that end in an answer, without the text after it."""
         text, closing = self.render(messages, tools), self.closing[0]
         if not text.endswith(closing):
             raise InvalidRow(
@@ -224,7 +258,7 @@ class ChatTemplate:
         return text.removesuffix(closing)
 
     def _as_sampled(self, body: str, head: str, content: str) -> bool:
-        """Whether the body ends in the content as it is, after no more than space or a header."""
+        """Return whether a rendering is the head and the unchanged content, up to whitespace."""
         if not body.endswith(content):
             return False
         before = body.removesuffix(content)
@@ -242,21 +276,26 @@ class ChatTemplate:
         return rendered
 
 
+def _begun_thought(head: str) -> str:
+    """Return the tag of the thought that a rendered prompt ends by beginning, "" for none."""
+    return next((tag for tag in THOUGHT_TAGS if head.rstrip().endswith(tag)), "")
+
+
 def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
 def bare(message: Message) -> Message:
-    """Of a message what a template is given: role, content, and those other keys that say more."""
+    """Return what the template gets of a message: role, content, and other KEYS with a value."""
     given = {k: message.get(k) for k in KEYS if message.get(k) or k in ("role", "content")}
     thoughts = [given[key] for key in THOUGHT_KEYS if key in given]
-    if len(thoughts) > 1 and thoughts[0] == thoughts[1]:  # one thought under both of its names
+    if len(thoughts) > 1 and thoughts[0] == thoughts[1]:  # one thought under both keys
         del given[THOUGHT_KEYS[1]]
     return given
 
 
 def eos(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The token that ends a text. Raises ModelError where there is none."""
+    """Return the token that ends a text. Raises ModelError if there is none."""
     if not isinstance(tokenizer.eos_token, str):
         raise ModelError("the tokenizer has no EOS token, so a finished response cannot be marked")
     return tokenizer.eos_token

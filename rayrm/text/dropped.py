@@ -1,14 +1,15 @@
-"""Find what a chat template drops of a conversation: change it, render it again, compare.
+"""Find what a chat template drops from a conversation: change it, render it again and compare.
 
-Every text, thought, tool call and tool gets a number written into it, its ends kept. What of them
-the rendering does not show is changed by itself: if the rendering stays the same, it is dropped.
-A template may trim, escape or move what it is given; that is no loss. Knows nothing of tokens.
+A number is written into every text, thought, tool call and tool; first and last characters stay. A
+number that the rendering does not show is written alone: if the rendering then stays the same,
+that place is dropped. Templates may trim, escape or move what they are given. Does not know about
+tokens.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -23,27 +24,43 @@ Path = tuple[str | int, ...]
 
 THOUGHT_KEYS = ("reasoning_content", "thinking")
 
-_THOUGHT_TAG = re.compile(r"</?think(?:ing)?>|\[/?THINK\]")
-_THOUGHT_ENDS = ("</think>", "</thinking>", "[/THINK]")
+# Tags around a thought: before and after it.
+THOUGHT_TAGS = {"<think>": "</think>", "<thinking>": "</thinking>", "[THINK]": "[/THINK]"}
+
+_OF_THOUGHTS = {*THOUGHT_TAGS, *THOUGHT_TAGS.values()}
 _TAG = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 
-# Digits, which no filter for case or JSON changes. The number of the mark follows.
+# What a model reads of a declared tool and of a call; other keys belong to the protocol.
+_TOOL_KEYS = ("name", "description", "parameters")
+_CALL_KEYS = ("name", "arguments")
+_PROTOCOL = ("id", "type")
+
+# Digits, which no filter for case or JSON changes. The index of the mark follows.
 _MARK = "7030201"
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Where a number is written: a leaf of the conversation, and for a text at which character.
+    """A place of a conversation into which a number is written.
 
-    message is the index of a message, None for tools; what names the leaf to people; thought: it
-    stands before the end of a thought.
+    path: keys and indices that lead from {"messages", "tools"} to a value. at: the character of a
+    text before which the number is written, None if it replaces the value. message: index of the
+    message, None for tools. what: the value's name in error messages. unit: marks of one unit are
+    dropped only if all of them are. thought: whether the place is in an assistant's thought. tag:
+    whether it is in a tag.
     """
 
     path: Path
     at: int | None
     message: int | None
     what: str
+    unit: Path
     thought: bool = False
+    tag: bool = False
+
+    def before(self, judged: int) -> bool:
+        """Return whether the place is in the prompt or the tools."""
+        return self.message is None or self.message < judged
 
 
 def first_dropped(
@@ -52,38 +69,61 @@ def first_dropped(
     tools: Tools | None,
     *,
     judged: int,
-    final: int,
     asked: bool = False,
 ) -> str | None:
-    """What of the conversation changes nothing in its rendering, in words; None if all does.
+    """Name the first part of a conversation that does not change its rendering; None if all does.
 
-    messages from judged on are the response: no text of theirs may go. Of the others none may go as
-    a whole. Thoughts before message final go by design where a template lets go of earlier turns'
-    thoughts. asked: only the response is asked about.
+    judged: index of the response's first message. No text of the response may be dropped, and no
+    whole message of the prompt, except thoughts in the prompt: many templates leave out those of
+    earlier turns (see dropped_thoughts). asked: check only the response.
     """
     marks = [
         mark
-        for mark in _marks(messages, tools)
-        if not (mark.thought and mark.message != final)
-        and not (asked and (mark.message is None or mark.message < judged))
+        for mark in _marks(messages, tools, judged)
+        if not (mark.before(judged) and (asked or mark.thought))
     ]
-    if not marks:
-        return None
-    marked = _rendered(render, messages, tools, marks)
-    unseen = [m for i, m in enumerate(marks) if marked is None or _number(i) not in marked]
+    unseen = _unseen(render, messages, tools, marks)
     if not unseen:
         return None
     plain = render(messages, tools)
-    for mark in unseen:
-        whole = mark.what == "content" and mark.message is not None and mark.message < judged
-        same = [m for m in marks if m.path == mark.path] if whole else [mark]
-        changed = (_rendered(render, messages, tools, [m]) for m in same)
-        if all(m in unseen for m in same) and all(text == plain for text in changed):
-            return _told(mark, messages)
+    for unit in dict.fromkeys(mark.unit for mark in marks if mark in unseen):
+        of_unit = [mark for mark in marks if mark.unit == unit]
+        if all(m in unseen and _rendered(render, messages, tools, [m]) == plain for m in of_unit):
+            return _describe(of_unit[0], messages)
     return None
 
 
-def _told(mark: Mark, messages: list[Message]) -> str:
+def dropped_thoughts(
+    render: Render, messages: list[Message], tools: Tools | None, *, judged: int
+) -> int:
+    """Count the messages of the prompt whose thoughts do not change the rendering."""
+    marks = [m for m in _marks(messages, tools, judged) if m.thought and m.before(judged)]
+    unseen = _unseen(render, messages, tools, marks)
+    if not unseen:
+        return 0
+    plain = render(messages, tools)
+    return len({m.message for m in unseen if _rendered(render, messages, tools, [m]) == plain})
+
+
+def _unseen(
+    render: Render, messages: list[Message], tools: Tools | None, marks: Sequence[Mark]
+) -> set[Mark]:
+    """Return the marks that are not rendered when all are written at once.
+
+    Those in tags are written by themselves, since templates look for tags.
+    """
+    unseen: set[Mark] = set()
+    for tag in (False, True):
+        written = [mark for mark in marks if mark.tag == tag]
+        if written:
+            marked = _rendered(render, messages, tools, written)
+            unseen |= {
+                mark for i, mark in enumerate(written) if marked is None or _number(i) not in marked
+            }
+    return unseen
+
+
+def _describe(mark: Mark, messages: list[Message]) -> str:
     if mark.message is None:
         return mark.what
     role = messages[mark.message]["role"]
@@ -94,17 +134,19 @@ def _told(mark: Mark, messages: list[Message]) -> str:
 def _rendered(
     render: Render, messages: list[Message], tools: Tools | None, marks: Sequence[Mark]
 ) -> str | None:
-    """The rendering of the marked conversation, None where the template refuses it."""
+    """Render the conversation with these marks; None if the template refuses it."""
     changed: dict[str, Any] = {"messages": deepcopy(messages), "tools": deepcopy(tools)}
     # From the right, so that a mark does not move those before it in the same text.
     numbered = sorted(enumerate(marks), key=lambda pair: -(pair[1].at or 0))
     for i, mark in numbered:
         *inside, key = mark.path
-        at: Any = changed
+        parent: Any = changed
         for step in inside:
-            at = at[step]
-        leaf = at[key]
-        at[key] = leaf[: mark.at] + _number(i) + leaf[mark.at :] if mark.at else int(_number(i))
+            parent = parent[step]
+        if mark.at is None:
+            parent[key] = int(_number(i))
+        else:
+            parent[key] = parent[key][: mark.at] + _number(i) + parent[key][mark.at :]
     try:
         return render(changed["messages"], changed["tools"])
     except (TemplateError, ValueError, TypeError):
@@ -115,73 +157,101 @@ def _number(i: int) -> str:
     return f"{_MARK}{i:05}"
 
 
-def _marks(messages: list[Message], tools: Tools | None) -> Iterator[Mark]:
+def _marks(messages: list[Message], tools: Tools | None, judged: int) -> Iterator[Mark]:
     for i, message in enumerate(messages):
+        answers = message["role"] == "assistant"
         for key, value in message.items():
             path: Path = ("messages", i, key)
             if key == "content":
-                answers = message["role"] == "assistant"
-                yield from _in_content(path, value or "", i, answers)
+                yield from _in_content(path, value or "", i, answers, whole=i < judged)
             elif key == "tool_calls":
                 for n, call in enumerate(value):
                     yield from _in_call((*path, n), call, i, f"tool_calls[{n}]")
             elif key != "role":
-                yield from _in_leaf(path, value, i, key, key in THOUGHT_KEYS)
+                yield from _in_value(path, value, i, key, thought=answers and key in THOUGHT_KEYS)
     for n, tool in enumerate(tools or ()):
-        function = tool.get("function")
-        at: Path = ("tools", n, "function") if isinstance(function, dict) else ("tools", n)
-        name = (function if isinstance(function, dict) else tool).get("name")
-        yield from _in_leaf((*at, "name"), name, None, f"tools[{n}]")
+        yield from _in_tool(("tools", n), tool, f"tools[{n}]")
 
 
-def _in_content(path: Path, text: str, message: int, answers: bool) -> Iterator[Mark]:
+def _in_content(path: Path, text: str, message: int, answers: bool, whole: bool) -> Iterator[Mark]:
+    """Mark every stretch of a text between tags, and every tag but those of thoughts.
+
+    answers: the text is an assistant's. whole: its marks are one unit.
+    """
+    tags = list(_TAG.finditer(text))
+    in_thoughts = [*_before_ends(tag[0] for tag in tags), False]
     start = 0
-    for tag in [*_THOUGHT_TAG.finditer(text), None]:
+    for tag, in_thought in zip([*tags, None], in_thoughts, strict=True):
         end = tag.start() if tag else len(text)
-        thought = answers and tag is not None and tag[0] in _THOUGHT_ENDS
-        for at in _places(text[start:end]):
-            yield Mark(path, start + at, message, "content", thought)
+        places = [(start + at, False) for at in _places(text[start:end])]
+        if tag and tag[0] not in _OF_THOUGHTS:
+            places.append((tag.end() - 1, True))
+        for at, in_tag in places:
+            unit = path if whole else (*path, at)
+            yield Mark(path, at, message, "content", unit, answers and in_thought, in_tag)
         start = tag.end() if tag else end
 
 
+def _before_ends(tags: Iterable[str]) -> list[bool]:
+    """Return for each tag whether the text before it is a thought: whether one ends next.
+
+    The beginning of a thought may be missing, since a generation prompt may have written it.
+    """
+    found = []
+    ends_next = False
+    for tag in reversed(list(tags)):
+        if tag in _OF_THOUGHTS:
+            ends_next = tag in THOUGHT_TAGS.values()
+        found.append(ends_next)
+    return found[::-1]
+
+
 def _in_call(path: Path, call: Any, message: int, what: str) -> Iterator[Mark]:
-    """A call's name and arguments; its id and kind are the protocol's."""
-    if isinstance(call, dict):
-        if isinstance(function := call.get("function"), dict):
-            path, call, what = (*path, "function"), function, f"{what}.function"
-        for key in ("name", "arguments"):
-            if key in call:
-                yield from _in_leaves((*path, key), call[key], message, f"{what}.{key}")
+    path, call, what = _function(path, call, what)
+    for key in _read(call, _CALL_KEYS):
+        yield from _in_value((*path, key), call[key], message, f"{what}.{key}")
 
 
-def _in_leaves(path: Path, value: Any, message: int, what: str) -> Iterator[Mark]:
-    if isinstance(value, dict | list):
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _in_leaves((*path, key), inner, message, f"{what}.{key}")
-    else:
-        yield from _in_leaf(path, value, message, what)
+def _in_tool(path: Path, tool: Any, what: str) -> Iterator[Mark]:
+    """Mark a tool's values; some templates render only a part of its parameters."""
+    path, tool, _ = _function(path, tool, what)
+    for key in _read(tool, _TOOL_KEYS):
+        named = what if key == "name" else f"{what}.{key}"
+        for mark in _in_value((*path, key), tool[key], None, named):
+            yield Mark(mark.path, mark.at, None, named, (*path, key))
 
 
-def _in_leaf(
+def _function(path: Path, value: Any, what: str) -> tuple[Path, Any, str]:
+    """Return the function that a tool or call wraps, or the tool or call without a wrapper."""
+    if isinstance(value, dict) and isinstance(value.get("function"), dict):
+        return (*path, "function"), value["function"], f"{what}.function"
+    return path, value, what
+
+
+def _read(value: Any, keys: Iterable[str]) -> list[str]:
+    """Return those keys of an object, or if it has none of them, all but the protocol's."""
+    if not isinstance(value, dict):
+        return []
+    return [key for key in keys if key in value] or [k for k in value if k not in _PROTOCOL]
+
+
+def _in_value(
     path: Path, value: Any, message: int | None, what: str, thought: bool = False
 ) -> Iterator[Mark]:
-    if isinstance(value, str):
+    if isinstance(value, dict | list) and value:
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _in_value((*path, key), inner, message, f"{what}.{key}", thought)
+    elif isinstance(value, str) and value.strip():
         for at in _places(value):
-            yield Mark(path, at, message, what, thought)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield Mark(path, None, message, what, thought)
+            yield Mark(path, at, message, what, (*path, at), thought)
+    elif not isinstance(value, dict | list):
+        yield Mark(path, None, message, what, path, thought)
 
 
 def _places(text: str) -> list[int]:
-    """Near a text's start, in its middle and near its end, inside none of its tags."""
+    """Return places near a text's start, in its middle and near its end; first characters stay."""
     core = text.strip()
     if not core:
         return []
     first = text.index(core)
-    tags = [(t.start(), t.end()) for t in _TAG.finditer(core)]
-    places = set()
-    for at in (1, len(core) // 2, len(core) - 1):
-        a, b = next(((a, b) for a, b in tags if a < at < b), (at, at))
-        at = b if b < len(core) else a
-        places.add(first + max(at, 1))
-    return sorted(places)
+    return sorted({first + max(at, 1) for at in (1, len(core) // 2, len(core) - 1)})

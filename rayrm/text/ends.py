@@ -1,6 +1,6 @@
 """Separate a response from what a sampler leaves around it: ends of turn, other ends, padding.
 
-Knows the tokens that end and pad, as text; nothing of how a row is built.
+Works on text with special tokens. Does not know how a row is built.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Ends:
-    """The tokens that may stand behind a response.
+    """The tokens that may follow a response.
 
-    turn: what the template closes a turn with, as it is written; own: the special tokens in it, or
-    right behind it. others: what else ends a text for the model, such as those of its
-    generation_config. pad: the token that pads.
+    turn: the text with which the template ends a turn. own: the special tokens in it. others: other
+    tokens that end a text for the model, such as those of its generation_config. pad: the token
+    that pads.
     """
 
     turn: str
@@ -31,10 +31,10 @@ class Ends:
         return cls(turn, (first,), frozenset({*others, *behind}) - {first}, pad)
 
     def split(self, text: str) -> tuple[str, bool]:
-        """The text without the ends and pads behind it, and whether it ended.
+        """Return the text without trailing ends and pads, and whether it ended.
 
-        Behind the template's end everything is padding. Another end counts if it stands once:
-        several of one are padding, as where a model pads with its end of text.
+        Everything after the template's end is padding. Another end counts if it occurs once;
+        repeated, it is padding, as of models that pad with their end of text.
         """
         backwards, n = text[::-1], 0
         run: list[str] = []
@@ -48,18 +48,18 @@ class Ends:
         return content, bool(run) and run[0] in self.others and run.count(run[0]) == 1
 
     def without_left_pads(self, prompt: str, bos: str | None) -> str:
-        """A prompt without the padding before it; what begins a text is none."""
-        pads = sorted({self.pad, *self.own, *self.others} - {bos, ""})
+        """Return a prompt without padding on its left; a BOS token is not padding."""
+        pads = sorted({self.pad, *self.own, *self.others} - {bos, ""}, key=len, reverse=True)
         found = re.match(f"(?:{'|'.join(map(re.escape, pads))})+", prompt) if pads else None
         return prompt[found.end() :] if found else prompt
 
     @cached_property
     def _backwards(self) -> re.Pattern[str]:
-        """A token and what space follows it, read from right to left.
+        """Match a token and the space after it in reversed text.
 
-        From the left, a search would begin anew at every token of a long run of them.
+        A search from the left would start again at every token of a long run of them.
         """
         tokens = {*self.own, *self.others, self.pad} - {""}
-        # The longest first: one token may begin as another does.
+        # The longest first, since a token may be a prefix of another.
         backwards = sorted((t[::-1] for t in tokens), key=len, reverse=True)
         return re.compile(rf"\s*({'|'.join(map(re.escape, backwards))})")

@@ -1,9 +1,9 @@
-"""Two fingerprints: what token ids mean, and what turns text into ids.
+"""Compute two fingerprints of a tokenizer: what its ids mean, and how it turns text into ids.
 
-fingerprint() is over a tokenizer's vocabulary: callers send it with ids. fingerprint_text() is over
-the files: two tokenizers that share it give every text and conversation the same ids. How a batch
-is padded and truncated is not part of it, nor is a pad token: no row has one. Knows nothing of
-exports, and loads no transformers, so that a client can name a tokenizer.
+fingerprint() hashes the vocabulary: callers send it with ids. fingerprint_text() hashes the files:
+tokenizers with equal hashes give every text and conversation the same ids. Padding, truncation and
+an added pad token are part of neither, since no row has them. Does not know about exports, and does
+not import transformers, so that a client can name a tokenizer.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ TOKENIZER = "tokenizer.json"
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TEMPLATE = "chat_template.jinja"
 
-# What a tokenizer without tokenizer.json is made from.
+# Files of a tokenizer without tokenizer.json.
 _VOCABULARIES = ("*.model", "vocab.*", "merges.txt")
 
-# Settings of batches, of decoding, and of where the files came from.
+# Settings of batches and of decoding, and where the files came from.
 _UNRELATED = {
     "backend",
     "chat_template",  # hashed as it is rendered
@@ -47,30 +47,35 @@ _UNRELATED = {
     "truncation_strategy",
 }
 
-# Where a tokenizer keeps its fingerprint, beside what it was made of.
+# Attribute in which a tokenizer keeps its fingerprint and the state that it was computed from.
 _REMEMBERED = "_rayrm_fingerprint"
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What makes token ids mean the same: sha256 over the vocabulary, id by id.
+    """Return the sha256 over a tokenizer's vocabulary, id by id, without a pad token behind it.
 
-    Remembered by the tokenizer until tokens are added to it: of 150 000 it takes half a second.
+    Two tokenizers with equal fingerprints mean the same by the same ids. A pad token with the
+    highest id was added for batches; no row has it. The tokenizer keeps the hash until tokens are
+    added or its pad token changes: for 150 000 tokens it takes half a second.
     """
     made_of = getattr(tokenizer, "_tokenizer", None)
     added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
+    state = (len(tokenizer), added, tokenizer.pad_token)
     known: str
-    of, then, known = vars(tokenizer).get(_REMEMBERED, (None, None, ""))
-    if not known or of is not made_of or then != (len(tokenizer), added):
+    known_of, known_state, known = vars(tokenizer).get(_REMEMBERED, (None, None, ""))
+    if not known or known_of is not made_of or known_state != state:
         vocabulary = sorted((i, token) for token, i in tokenizer.get_vocab().items())
+        if vocabulary[-1][1] == tokenizer.pad_token:
+            vocabulary.pop()
         known = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
-        vars(tokenizer)[_REMEMBERED] = made_of, (len(tokenizer), added), known
+        vars(tokenizer)[_REMEMBERED] = made_of, state, known
     return known
 
 
 def fingerprint_text(directory: Path, at: datetime) -> str:
-    """sha256 of a tokenizer's files as far as they turn text into ids.
+    """Return the sha256 of all in a tokenizer's files that affects how text becomes ids.
 
-    at: the moment at which a chat template's clock is stopped, if it reads one.
+    at: the moment at which a chat template's clock is stopped, if the template reads one.
     """
     settings: dict[str, Any] = {}
     for name in SETTINGS:
@@ -94,14 +99,14 @@ def fingerprint_text(directory: Path, at: datetime) -> str:
 
 
 def fingerprint_of_text(tokenizer: PreTrainedTokenizerBase, at: datetime) -> str:
-    """As fingerprint_text, of a tokenizer in memory: of the files that it would be saved as."""
+    """Return fingerprint_text of the files that a tokenizer in memory would be saved as."""
     with tempfile.TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)
         return fingerprint_text(Path(directory), at)
 
 
 def read_chat_templates(directory: Path) -> dict[str, str]:
-    """The chat templates in a tokenizer's files by name, "default" and such as "tool_use"."""
+    """Return the chat templates in a tokenizer's files by name, such as "default", "tool_use"."""
     file = directory / SETTINGS[0]
     template = _read(file).get("chat_template") if file.exists() else None
     if isinstance(template, str):
@@ -115,7 +120,7 @@ def read_chat_templates(directory: Path) -> dict[str, str]:
 
 
 def _without_padding(tokenizer: dict[str, Any], pad: str | None) -> dict[str, Any]:
-    """tokenizer.json less how batches are padded and with what."""
+    """Return tokenizer.json without the settings of padding and without an added pad token."""
     kept = {k: v for k, v in tokenizer.items() if k not in ("padding", "truncation")}
     vocabulary = kept["model"].get("vocab")
     if not (isinstance(vocabulary, dict) and pad in vocabulary):
@@ -124,13 +129,13 @@ def _without_padding(tokenizer: dict[str, Any], pad: str | None) -> dict[str, An
 
 
 def _without_added_pad(tokens: list[dict[str, Any]], pad: str | None) -> list[dict[str, Any]]:
-    """Added tokens less a pad token behind all others: it was added to train with."""
+    """Return the added tokens without a pad token with the highest id: it was added for batches."""
     last = max((token["id"] for token in tokens), default=-1)
     return [t for t in tokens if not (t["content"] == pad and t["id"] == last)]
 
 
 def _content(token: Any) -> str | None:
-    """The text of a special token, which files have as text or as an object."""
+    """Return the text of a special token, which files hold as a string or as an object."""
     found = token.get("content") if isinstance(token, Mapping) else token
     return found if isinstance(found, str) else None
 

@@ -1,8 +1,8 @@
-"""Text → token ids, one way for training, evaluation and serving.
+"""Turn text into token ids, in the same way for training, evaluation and serving.
 
-Chat format: the chat template's text of prompt and response, which ends in the end of turn
-(chat.py). Text format: prompt, separator, response, EOS. Also: which token pads, and how an
-over-long row is cut. Knows nothing of groups or models.
+Chat format: the chat template's text of prompt and response, up to the end of turn (chat.py). Text
+format: prompt, separator, response, EOS. Also chooses the pad token and truncates over-long rows.
+Does not know about groups or models.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from rayrm.text.ends import Ends
 
 Overlong = Literal["error", "truncate"]
 
-# Characters that a normalizer makes one of, at most: NFC composes up to four.
+# Maximum number of characters that a normalizer composes into one: NFC composes four.
 COMPOSED = 4
 
-# Roles of what is said to the model before the first turn.
+# Roles of instructions that come before the first turn.
 _SYSTEM = ("system", "developer")
 
 
@@ -36,10 +36,10 @@ _SYSTEM = ("system", "developer")
 class TemplateSpec:
     """What must be the same in training and serving; stored in the export.
 
-    fingerprint is that of the tokenizer as its makers published it, before a pad token was added.
-    rule: how a chat row is composed (chat.py). thoughts "drop": a response is judged without
-    the thought that it begins with. ends: tokens besides the tokenizer's own that end a text for
-    the base model.
+    separator: text between prompt and response in the text format. max_length: in tokens.
+    fingerprint: of the tokenizer before a pad token was added. rule: how a chat row is composed
+    (chat.py). thoughts: "drop" scores a response without the thought that it begins with. ends:
+    tokens besides the tokenizer's EOS that end a text for the base model.
     """
 
     format: Literal["chat", "text"]
@@ -53,34 +53,34 @@ class TemplateSpec:
 
 @dataclass(frozen=True)
 class Template:
-    """Turns rows into ids by a spec and the tokenizer it was made for."""
+    """A tokenizer and the spec by which it turns rows into ids."""
 
     tokenizer: PreTrainedTokenizerBase
     spec: TemplateSpec
 
     def encode(self, rows: Sequence[Row]) -> list[Ids | RowError]:
-        """Ids of each row at full length, int32 [tokens], or the error of that row.
+        """Return the ids of each row at full length, int32 [tokens], or the row's error.
 
-        Text of more than most_characters is RowTooLong untokenised, since that takes time without
-        bound. It cannot lose the left of its prompt either: how a tail's ids stand in the whole,
-        only the ids of the whole tell. What the chat template would drop of a row is InvalidRow.
+        Text of more than most_characters is RowTooLong and not tokenized, which would take time
+        without bound; such a prompt is not truncated either, since that needs the ids of all of it.
+        A row of which the chat template drops a part is InvalidRow.
         """
         asked: set[object] = set()
         return self._encode([self._compose(row, asked) for row in rows], rows)
 
     def fit(self, row: Row, ids: Ids, overlong: Overlong) -> tuple[Ids | RowError, bool]:
-        """The row's ids within max_length and whether its prompt was cut: fit_alike of one row."""
+        """Return a row's ids within max_length, or its error, and whether its prompt was cut."""
         fitted, cut = self.fit_alike([row], [ids], overlong)
         return fitted[0], cut
 
     def fit_alike(
         self, rows: Sequence[Row], ids: Sequence[Ids], overlong: Overlong
     ) -> tuple[list[Ids | RowError], bool]:
-        """Ids within max_length of rows that have one prompt, cut alike, and whether it was cut.
+        """Cut the common prompt of several rows to max_length; return ids, and whether it was cut.
 
-        Only a prompt's left is ever cut: whole turns first, then the text of the turn that is left.
-        What begins a text, the system message and that turn's header stay. A row that does not fit
-        with any of its prompt is RowTooLong; the others are cut as the longest of them needs.
+        The prompt is cut from the left: first whole turns, then the text of the last turn. BOS, the
+        system message and that turn's header stay. All rows are cut as the longest of them needs; a
+        row that does not fit however its prompt is cut is RowTooLong and does not count.
         """
         longest = self.spec.max_length
         if max(map(len, ids)) <= longest:
@@ -88,7 +88,7 @@ class Template:
         fitted: list[Ids | RowError] = list(ids)
         if overlong == "error":
             for i, (row, of) in enumerate(zip(rows, ids, strict=True)):
-                fitted[i] = of if len(of) <= longest else self._too_long(row, of)
+                fitted[i] = of if len(of) <= longest else self._too_long(row, of, overlong)
             return fitted, False
         left = sorted(range(len(rows)), key=lambda i: -len(ids[i]))
         while left and len(ids[left[0]]) > longest:
@@ -98,14 +98,14 @@ class Template:
                     fitted[i] = of
                 return fitted, True
             first = left.pop(0)
-            fitted[first] = self._too_long(rows[first], ids[first])
+            fitted[first] = self._too_long(rows[first], ids[first], overlong)
         return fitted, False
 
     def response_tokens(self, row: Row, ids: Ids) -> int:
-        """Tokens of the response with its end, as they stand at the end of the row's ids.
+        """Return the number of the row's last tokens that belong to the response and its end.
 
-        Found by where the ids part from those of another response: how much a template writes
-        behind a response, and what merges at its start, is its own affair.
+        They start where the ids differ from those with another response, since templates write
+        text after a response, and tokens may merge at its start.
         """
         if is_ids(row.response):
             return len(row.response)
@@ -121,13 +121,13 @@ class Template:
 
     @cached_property
     def chat(self) -> ChatTemplate:
-        """The chat template, of specs with the chat format."""
+        """The chat template, if spec.format is "chat"."""
         return ChatTemplate(self.tokenizer, self.spec.ends)
 
     # chat ------------------------------------------------------------------------------------
 
     def _conversation(self, row: Row) -> tuple[list[Message], int]:
-        """A row's messages, and the index of the response's first."""
+        """Return a row's messages, and the index of the response's first message."""
         prompt, response = _as_messages(row.prompt, "user"), _as_messages(row.response, "assistant")
         if not response:
             raise EmptyResponse("the response is empty: there is nothing to score")
@@ -153,7 +153,10 @@ class Template:
         finished: bool,
         asked: bool = False,
     ) -> None:
-        """Raises InvalidRow for a row of which the chat template drops something."""
+        """Raise InvalidRow if the chat template drops a part of a row.
+
+        judged: index of the response's first message. asked: check only the response.
+        """
         dropped = self.chat.first_dropped(
             messages,
             tools,
@@ -168,6 +171,20 @@ class Template:
                 f"the chat template drops {dropped}: a reward would not depend on it, so leave it "
                 "out, or use a template that renders it"
             )
+
+    def dropped_thoughts(self, row: Row) -> int:
+        """Count the messages of a row's prompt whose thoughts the chat template drops by design."""
+        if self.spec.format == "text" or is_ids(row.response):
+            return 0
+        messages, judged = self._conversation(row)
+        return self.chat.dropped_thoughts(
+            messages,
+            row.tools,
+            judged=judged,
+            finished=row.finished,
+            rule=self.spec.rule,
+            thoughts=self.spec.thoughts,
+        )
 
     # text ------------------------------------------------------------------------------------
 
@@ -200,7 +217,7 @@ class Template:
     # both ------------------------------------------------------------------------------------
 
     def _compose(self, row: Row, asked: set[object]) -> list[str] | Ids | RowError:
-        """The texts to tokenise for a row, or its ids as given, or its error.
+        """Return the texts to tokenize for a row, its ids if it has ids, or its error.
 
         asked: prompts of which the chat template is known to drop nothing.
         """
@@ -236,7 +253,7 @@ class Template:
 
     @cached_property
     def ends(self) -> Ends:
-        """What may stand behind a response and is not of it."""
+        """The tokens that may follow a response without being part of it."""
         if self.spec.format == "chat":
             return self.chat.tokens
         end = eos(self.tokenizer)
@@ -244,22 +261,22 @@ class Template:
 
     @cached_property
     def most_characters(self) -> int:
-        """Characters that a text of max_length tokens has at most, so that more cannot fit.
+        """Maximum number of characters of a text of max_length tokens.
 
-        A token covers no more of them than its entry in the vocabulary has, before a normalizer
-        composed them. Exact unless the tokenizer drops text, as the special tokens of Phi-3 do
-        with the spaces beside them: so long a row is refused though without them it would fit.
+        A token covers at most as many characters as its vocabulary entry has, before a normalizer
+        composes them. A tokenizer that drops text, such as Phi-3's spaces next to special tokens,
+        could fit more: such a row is refused.
         """
         return self.spec.max_length * COMPOSED * max(map(len, self.tokenizer.get_vocab()))
 
     def check_length(self, texts: list[str]) -> None:
-        """Raises RowTooLong for a row that is too long by its characters."""
+        """Raise RowTooLong if a row has more characters than max_length tokens can hold."""
         characters = sum(map(len, texts))
         if characters > self.most_characters:
             raise RowTooLong(
                 f"row has {characters} characters, {self.spec.max_length} tokens hold at most "
-                f"{self.most_characters}: shorten it, or raise max_length (a row beyond that is "
-                "not tokenised, and its prompt not cut)"
+                f"{self.most_characters}: shorten it, or raise max_length (longer rows are neither "
+                "tokenized nor truncated)"
             )
 
     def _check_ids(self, row: Row) -> Ids:
@@ -282,15 +299,27 @@ class Template:
 
     # length ----------------------------------------------------------------------------------
 
-    def _too_long(self, row: Row, ids: Ids) -> RowTooLong:
-        return RowTooLong(
+    def _too_long(self, row: Row, ids: Ids, overlong: Overlong) -> RowTooLong:
+        has = (
             f"row has {len(ids)} tokens (response: {self.response_tokens(row, ids)}), the limit is "
-            f"{self.spec.max_length}: shorten it, raise max_length, or ask for its prompt to be "
-            'cut with overlong="truncate" (a response is never cut)'
+            f"{self.spec.max_length}"
+        )
+        if overlong == "error":
+            return RowTooLong(
+                f"{has}: shorten it, raise max_length, or truncate its prompt with "
+                'overlong="truncate" (responses are never truncated)'
+            )
+        return RowTooLong(
+            f"{has}, also without the part of its prompt that may be truncated (not the system "
+            "message, nor what follows the last user message, nor the response): shorten it, or "
+            "raise max_length"
         )
 
     def _cut(self, rows: Sequence[Row], ids: Sequence[Ids]) -> list[Ids] | None:
-        """The rows with the most of their prompt with which the longest, the first, fits."""
+        """Return the rows' ids with as much of their prompt as lets the first, the longest, fit.
+
+        None if it does not fit however the prompt is cut.
+        """
         if self.spec.format == "text" or is_ids(rows[0].response):
             return self._cut_ids(rows, ids)
         prompt = _as_messages(rows[0].prompt, "user")
@@ -307,7 +336,7 @@ class Template:
             cut = from_turn(start)
             return cut is not None and self._excess(cut) <= 0
 
-        # Fewer turns are shorter, so that not each number of them has to be tokenised.
+        # Fewer turns are shorter, so a bisection tokenizes few of the possible numbers of turns.
         fewest = bisect_left(starts, True, lo=1, key=fits)
         if fewest < len(starts):
             return from_turn(starts[fewest])
@@ -324,7 +353,7 @@ class Template:
         return cut
 
     def _with_prompt(self, rows: Sequence[Row], prompt: list[Message]) -> list[Ids] | None:
-        """The rows' ids with that prompt, None where the chat template refuses it."""
+        """Return the rows' ids with that prompt; None if the chat template refuses it."""
         try:
             rows = [row._replace(prompt=prompt) for row in rows]
             return [self._join(row, self.tokenize(self._texts(row))) for row in rows]
@@ -335,14 +364,14 @@ class Template:
         return max(map(len, ids)) - self.spec.max_length
 
     def _begins(self, text: str) -> list[int]:
-        """Where in the text each of its tokens begins."""
+        """Return the character at which each token of the text begins."""
         if not self.tokenizer.is_fast:
             return list(range(len(text)))
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return [start for start, _ in encoded["offset_mapping"]]
 
     def _cut_ids(self, rows: Sequence[Row], ids: Sequence[Ids]) -> list[Ids] | None:
-        """As _cut, where turns can only be told by the ids of a user's header."""
+        """Do the same as _cut for ids, in which turns are found by the ids of a user's header."""
         longest, excess = ids[0], self._excess(ids)
         prompt = len(longest) - self.response_tokens(rows[0], longest)
         headers = self._headers(longest[:prompt])
@@ -360,7 +389,7 @@ class Template:
         return self._adds_bos and len(ids) > 0 and int(ids[0]) == self.tokenizer.bos_token_id
 
     def _headers(self, prompt: Ids) -> list[tuple[int, int]]:
-        """Where the user's turns begin, and where their headers end."""
+        """Return for each user turn in a prompt's ids where it begins and where its header ends."""
         if self.spec.format == "text" or not (header := self.chat.user_header):
             return []
         pattern, whole = (np.array(self.tokenize([t])[0]) for t in (header.rstrip(), header))
@@ -374,7 +403,7 @@ class Template:
 
 
 def _as_messages(value: Text | Tokens, role: str) -> list[Message]:
-    """Messages as they are given; text as one of that role, a prompt without text as none."""
+    """Return messages unchanged, and text as one message of that role; an empty prompt has none."""
     if isinstance(value, str):
         return [turn(role, value)] if value or role == "assistant" else []
     if is_empty(value):
@@ -388,14 +417,14 @@ def turn(role: str, content: str) -> Message:
 
 
 def _other_text(text: str) -> str:
-    """A text that begins differently, also where a template strips both."""
+    """Return a text that begins differently, even if a template strips both texts."""
     return "B" if text.lstrip().startswith("A") else "A"
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Give the tokenizer a pad token that no row has; True if it had to be added.
+    """Give the tokenizer a pad token that no row contains; return whether one had to be added.
 
-    transformers pools the last id that is not pad, so pad = EOS pools one token early.
+    transformers reads the reward at the last id that is not pad: with pad = EOS, one token early.
     """
     written = _written(tokenizer)
     taken = {tokenizer.eos_token, tokenizer.bos_token}
@@ -414,12 +443,12 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _written(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template, and what it writes by putting tokens together ('<|' + role + '|>')."""
+    """Return the chat template and a rendering: it may assemble tokens ('<|' + role + '|>')."""
     if not (template := tokenizer.chat_template):
         return ""
     source = "".join(template.values()) if isinstance(template, dict) else template
     chat = ChatTemplate(tokenizer)
     try:
         return source + chat.render([turn("user", PROMPT), turn("assistant", RESPONSE)])
-    except InvalidRow:  # whatever renders rows by it says so
+    except InvalidRow:  # raised again when rows are rendered
         return source

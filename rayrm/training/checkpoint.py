@@ -1,8 +1,8 @@
-"""ZeRO shards ↔ Ray Train checkpoints, and shards → one fp32 state dict.
+"""Save and load ZeRO shards as Ray Train checkpoints, and merge them into one fp32 state dict.
 
-Every rank writes its own shards into a directory of its own, which Ray Train merges into one in the
-run's storage. Frozen weights are in none of them: they are the base model's. Knows DeepSpeed's file
-format through DeepSpeed alone, and nothing of the loop.
+Every rank writes its shards into a separate directory; Ray Train merges the directories in the
+run's storage. Shards omit frozen weights, which are those of the base model. Does not know about
+the training loop.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ TAG = "shards"
 
 def save_shards(engine: DeepSpeedEngine, directory: str, state: dict[str, Any]) -> None:
     """Write this rank's trained weights, optimizer state and `state` (JSON-like) to directory."""
-    # Else they hold frozen weights in full, which consolidation still drops after ZeRO 1.
+    # Otherwise shards hold frozen weights in full, which consolidation would drop under ZeRO 1.
     engine.save_checkpoint(
         directory, tag=TAG, client_state={"rayrm": state}, exclude_frozen_parameters=True
     )
 
 
 def load_shards(engine: DeepSpeedEngine, directory: str, world_size: int) -> dict[str, Any]:
-    """Restore this rank's weights and optimizer state; returns what was saved as `state`.
+    """Restore this rank's weights and optimizer state, and return the saved `state`.
 
-    Raises TrainingError where the checkpoint was written by another number of workers.
+    Raises TrainingError if the checkpoint was written by a different number of workers.
     """
     written_by = len(list((Path(directory) / TAG).glob("*optim_states.pt"))) or world_size
     if written_by != world_size:
         raise TrainingError(
-            f"the checkpoint was written by {written_by} workers and shards are per worker: resume "
-            f"with cluster.workers {written_by}, or start under another name"
+            f"the checkpoint holds the shards of {written_by} workers, not {world_size}: resume "
+            f"with cluster.workers {written_by}, or give this run another name"
         )
     _, client_state = engine.load_checkpoint(directory, tag=TAG, custom_load_fn=load_trained)
     state: dict[str, Any] = client_state["rayrm"]
@@ -47,9 +47,9 @@ def load_shards(engine: DeepSpeedEngine, directory: str, world_size: int) -> dic
 
 
 def load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
-    """src into the trained weights and the buffers of dst; its frozen weights are left as they are.
+    """Load src into the trained weights and buffers of dst; leave its frozen weights unchanged.
 
-    Raises TrainingError where src lacks one of them or holds another.
+    Raises TrainingError if src lacks one of them, or has one that dst lacks.
     """
     missing, unexpected = dst.load_state_dict(src, strict=False)
     frozen = {name for name, weight in dst.named_parameters() if not weight.requires_grad}
@@ -62,14 +62,14 @@ def load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
 
 
 def consolidate(directory: str) -> dict[str, Tensor]:
-    """All trained weights in fp32, by name, from every ZeRO stage's shards."""
+    """Return all trained weights in fp32, by name, from the shards of any ZeRO stage."""
     shards = Path(directory) / TAG
     if any(shards.glob("*optim_states.pt")):
-        # DeepSpeed prints what it finds, and a bar.
+        # DeepSpeed prints file names and a progress bar.
         silence = io.StringIO()
         with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
             state = get_fp32_state_dict_from_zero_checkpoint(directory, tag=TAG)
-    else:  # ZeRO 0: every rank holds everything
+    else:  # ZeRO 0: every rank holds all weights
         file = shards / "mp_rank_00_model_states.pt"
         state = torch.load(file, map_location="cpu", weights_only=False)["module"]
     return {name: tensor.detach() for name, tensor in state.items()}

@@ -1,4 +1,4 @@
-"""What a training run is configured by: TrainConfig and its sections.
+"""Define the configuration of a training run: TrainConfig and its sections.
 
 Imports neither torch nor Ray, so that --help is instant.
 """
@@ -26,139 +26,143 @@ from rayrm.training.loss import BradleyTerry, Loss
 
 class ModelSection(Section):
     path: Location = "SmolLM2-135M-Instruct"
-    """Base model: a directory, a hub name, or the default that ships as a package."""
+    """Base model: a directory, a hub name, or the default, which is installed as a package."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout of embeddings and residuals; attention weights are never dropped."""
+    """Dropout probability for embeddings and residuals; attention weights are never dropped."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
-    """Run code that the model's repository ships."""
+    """Run code from the model's repository."""
 
 
 class LoraSection(Section):
-    """LoRA (Hu et al. 2021, arXiv:2106.09685): the head and two thin matrices a layer are trained,
-    everything else is frozen; merged into the weights in fp32 before the export, which holds the
-    adapter by itself as well."""
+    """LoRA (Hu et al. 2021, arXiv:2106.09685) trains the head and two low-rank matrices per
+    adapted layer, and freezes all other weights. The export holds the adapter merged into the
+    weights in fp32, and also as separate files."""
 
     rank: int = Field(0, ge=0)
-    """Of the adapters; 0 trains all weights. Above 0 needs the package peft: rayrm[lora]."""
+    """Rank of the adapters; 0 trains all weights. Above 0 needs the package peft: rayrm[lora]."""
     alpha: float = Field(32.0, gt=0)
     """Adapters are scaled by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout of what goes into the adapters."""
+    """Dropout probability for the input of the adapters."""
     targets: Names = Field(["all-linear"], min_length=1)
     """Names of the layers that get adapters; all-linear: every linear layer of the backbone."""
 
 
 class DataSection(Section):
     train: Locations = Field(min_length=1)
-    """Files, globs, directories or datasets on the hub, of preference records. A dataset on the hub
-    is OWNER/NAME[/CONFIGURATION][@SPLIT], by itself split train; behind "hub:" it is one also where
-    a local path has that name."""
+    """Preference records: files, globs, directories or hub datasets. A hub dataset is
+    OWNER/NAME[/CONFIGURATION][@SPLIT], with split train by default; the prefix "hub:" reads the hub
+    even if a local path has the same name."""
     eval: Locations = Field([])
-    """Held-out records, named as in train (hub: by itself split test): evaluation during the run,
-    and the export's reward mean and std."""
+    """Held-out records, named as in train (default split of a hub dataset: test). Used for
+    evaluation during the run and for the export's reward mean and std."""
     max_length: int = Field(1024, ge=8)
-    """Longest row in tokens, prompt and response."""
+    """Maximum length of a row in tokens, prompt and response together."""
     overlong: Literal["truncate", "drop"] = "truncate"
-    """An over-long row: cut its prompt from the left, or drop it. Responses are never cut."""
+    """Truncate the prompt of an over-long row from the left, or drop the row. Responses are never
+    truncated."""
     on_bad_record: Literal["error", "skip"] = "error"
-    """A record that cannot be read, or a response that the chat template refuses or loses something
-    of: stop, or count it and go on."""
+    """error: stop at a record that cannot be read, or a response that the chat template refuses or
+    partly drops. skip: count it and leave it out."""
     format: Literal["auto", "chat", "text"] = "auto"
-    """Rendered by the chat template, or prompt + separator + response + EOS; auto: chat where
-    there is a template."""
+    """chat: rows are rendered by the chat template. text: prompt + separator + response + EOS.
+    auto: chat if the tokenizer has a chat template, else text."""
     separator: str = "\n"
-    """Between prompt and response in the text format."""
+    """Text between prompt and response in the text format."""
     chat_template: str | None = None
     """A Jinja chat template to use (and export) instead of the tokenizer's."""
     date: datetime.date | None = None
-    """The day that a chat template's clock shows (Llama 3's writes it into the system message); by
-    default that of the run's first start. The exported template has it in place of the clock."""
+    """Date that a chat template's clock shows (Llama 3's writes it into the system message);
+    default: the day of the run's first start. The exported template has this date fixed."""
     rule: Literal["auto", "template", "continue"] = "auto"
-    """Who writes a response into a chat row: the chat template, or nobody (the prompt is rendered
-    with its generation prompt and the response's own text follows). auto: continue where the
-    template rewrites answers, as Qwen3's and DeepSeek-R1's do; elsewhere both are the same."""
+    """How a response enters a chat row. template: rendered by the chat template. continue: appended
+    unchanged to the prompt rendered with its generation prompt. auto: continue if the template
+    rewrites answers, as Qwen3's and DeepSeek-R1's do; for other templates both are the same."""
     thoughts: Literal["keep", "drop"] = "keep"
-    """drop: judge a response without the <think>…</think> that it begins with."""
+    """drop: score a response without the <think>…</think> block that it begins with."""
 
     @property
     def overlong_rows(self) -> Literal["truncate", "error"]:
-        """overlong, as scoring names it: a dropped row is one with an error."""
+        """Return overlong as the setting of scoring, where "drop" is called "error"."""
         return "truncate" if self.overlong == "truncate" else "error"
 
 
 class TrainSection(Section):
     epochs: float = Field(1.0, gt=0)
-    """Passes over the training groups; a fraction stops early."""
+    """Number of passes over the training groups; may be fractional."""
     groups_per_step: int = Field(16, ge=1)
-    """Groups in one optimizer step, over all workers. For pair data: pairs."""
+    """Groups in one optimizer step, over all workers. With one pair per prompt, a group is a
+    pair."""
     pairs_per_group: int | None = Field(64, ge=1)
-    """Most pairs of one group: a prompt with more is split into several, if possible so that none
-    of its responses is in two. null: a prompt is one group whatever its size."""
+    """Maximum number of pairs in a group. A prompt with more is split into several groups, if
+    possible without a response in two of them. null: one group per prompt, whatever its size."""
     tokens_per_micro_batch: int = Field(4096, ge=8)
-    """Token budget of a pack; a group above it is computed in pieces, down to one row. Changes
-    speed and memory, never the result."""
+    """Token budget of a pack; a larger group is computed in pieces, down to one row. Changes speed
+    and memory, never the result."""
     learning_rate: float = Field(1e-5, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """After the warm-up; cosine and linear fall to 0."""
+    """Learning rate after the warm-up; cosine and linear fall to 0."""
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = Field(1.0, ge=0)
-    """Largest norm of the gradient; 0 turns clipping off."""
+    """Maximum gradient norm; 0 turns clipping off."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of the computation; weights, head and optimizer state are fp32 either way. auto: bfloat16
-    where the first worker's machine multiplies it in hardware, else float32, for the whole run."""
+    """Dtype of the computation; weights, head and optimizer state are always fp32. auto: bfloat16
+    if the first worker's hardware supports it, else float32; the same for the whole run."""
     seed: int = Field(0, ge=0)
-    """Of the head's first weights and of the order of groups."""
+    """Seed of the initial weights of head and adapters, of dropout, and of the order of groups."""
     eval_every: int = Field(0, ge=0)
-    """Optimizer steps between evaluations on held-out groups; 0: only the export is evaluated."""
+    """Optimizer steps between evaluations on held-out groups; 0 evaluates only the export."""
     checkpoint_every: int = Field(0, ge=0)
-    """Optimizer steps between checkpoints; 0: only at the end."""
+    """Optimizer steps between checkpoints; 0 writes only one, at the end."""
     keep_checkpoints: int = Field(1, ge=1)
-    """How many checkpoints are kept: the latest, or by keep_best the best ones and the latest."""
+    """Number of checkpoints kept: the latest ones, or with keep_best the best ones and the
+    latest."""
     keep_best: Literal["accuracy", "loss", "margin"] | None = None
-    """The held-out figure that tells the best checkpoints; every checkpoint is then evaluated."""
+    """Held-out metric that ranks checkpoints; every checkpoint must then be evaluated."""
     export_checkpoint: Literal["last", "best"] = "last"
-    """Which checkpoint becomes the export; best: by keep_best, the later one of equals."""
+    """Checkpoint that is exported. best: the best by keep_best; of equal ones the latest."""
     export_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the exported backbone; the head is always exported in fp32."""
+    """Dtype of the exported backbone; the head is always exported in fp32."""
     tensorboard: bool = False
     """Write event files for TensorBoard to tensorboard/ in the run's directory."""
 
 
 class DeepSpeedSection(Section):
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """What is sharded: nothing, optimizer state, + gradients, + weights."""
+    """0 shards nothing, 1 the optimizer state, 2 also the gradients, 3 also the weights."""
     offload_optimizer: bool = False
-    """Optimizer state and update in CPU memory. Needs ZeRO 1 to 3."""
+    """Keep the optimizer state, and run its update, on the CPU. Needs ZeRO 1, 2 or 3."""
     offload_param: bool = False
-    """Weights in CPU memory between uses. Needs ZeRO 3."""
+    """Keep weights in CPU memory between uses. Needs ZeRO 3."""
     overrides: dict[str, Any] = Field({})
-    """Merged into the DeepSpeed config as it is."""
+    """Settings merged into the DeepSpeed config unchanged."""
 
 
 class ClusterSection(Section):
     workers: int = Field(1, ge=1)
-    """Ray Train workers, one rank each."""
+    """Number of Ray Train workers; each is one rank."""
     gpus_per_worker: float = Field(0, ge=0)
-    """0 trains on CPU."""
+    """GPUs per worker; 0 trains on CPU."""
     cpus_per_worker: float = Field(1, gt=0)
-    """Also the number of torch threads of a CPU worker."""
+    """CPUs per worker; also the number of torch threads of a CPU worker."""
     labels: dict[str, str] = Field({})
-    """Ray node labels that workers must land on, e.g. {"rayrm/group": "train"}."""
+    """Labels that a Ray node must have to run workers, e.g. {"rayrm/group": "train"}."""
     retries: int = Field(0, ge=0)
-    """How often Ray Train restarts the workers from the latest checkpoint after a failure."""
+    """Number of times that Ray Train restarts the workers from the latest checkpoint after a
+    failure."""
 
 
 class TrainConfig(Config):
-    """One training run."""
+    """The configuration of one training run."""
 
     name: str = Field(pattern=r"^[\w.-]+$")
-    """The run: the same name under the same storage resumes."""
+    """Name of the run; the same name in the same storage resumes it."""
     storage: Location = "runs"
-    """Where the run's directory lies: a local path, or s3://… or gs://…"""
+    """Where the run's directory is created: a local path, or s3://… or gs://…"""
     data: DataSection
     model: ModelSection = Field(default_factory=ModelSection)
     lora: LoraSection = Field(default_factory=LoraSection)
@@ -168,17 +172,17 @@ class TrainConfig(Config):
     cluster: ClusterSection = Field(default_factory=ClusterSection)
 
     @model_validator(mode="after")
-    def _evaluates_on_something(self) -> Self:
+    def _check_evaluation(self) -> Self:
         if self.train.eval_every and not self.data.eval:
             raise ValueError("train.eval_every is set, but data.eval names no held-out records")
         return self
 
     @model_validator(mode="after")
-    def _has_checkpoints_to_compare(self) -> Self:
+    def _check_best_checkpoint(self) -> Self:
         train = self.train
         if train.export_checkpoint == "best" and train.keep_best is None:
             raise ValueError(
-                "train.export_checkpoint is best: set train.keep_best to the figure that says which"
+                "train.export_checkpoint is 'best': set train.keep_best to the metric that decides"
             )
         evaluated = train.eval_every and train.checkpoint_every % train.eval_every == 0
         if train.keep_best and not (train.checkpoint_every and evaluated):
@@ -190,7 +194,7 @@ class TrainConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _has_peft(self) -> Self:
+    def _check_peft(self) -> Self:
         if self.lora.rank and find_spec("peft") is None:
             raise ValueError(
                 f"lora.rank = {self.lora.rank} needs the package peft, which is not installed: "
@@ -199,16 +203,16 @@ class TrainConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _can_write_events(self) -> Self:
+    def _check_tensorboard(self) -> Self:
         if self.train.tensorboard and find_spec("tensorboard") is None:
             raise ValueError(
-                "train.tensorboard is set, but tensorboard is not installed here: "
+                "train.tensorboard is set, but the package tensorboard is not installed: "
                 "pip install 'rayrm[tensorboard]'"
             )
         return self
 
     @model_validator(mode="after")
-    def _offloads_what_is_sharded(self) -> Self:
+    def _check_offload(self) -> Self:
         zero = self.deepspeed
         if zero.offload_optimizer and zero.zero_stage == 0:
             raise ValueError("deepspeed.offload_optimizer needs deepspeed.zero_stage 1, 2 or 3")

@@ -1,7 +1,7 @@
-"""Preferences as ids: a table of groups on disk, encoded once, and the order they are trained in.
+"""Encode preference groups to token ids on disk, and define the order they are trained in.
 
-Text becomes ids up front, cached as Arrow under the user's cache by content, and is read from there
-by every rank. Knows nothing of models or ranks.
+Text is encoded once, before training, into an Arrow table in the user's cache, keyed by content;
+every rank reads it from there. Does not know about models or ranks.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ from rayrm.text.fingerprints import fingerprint_of_text
 from rayrm.text.template import Overlong, Template
 from rayrm.training.prompt_parts import connected, split_pairs
 
-# Part of the cache's key: goes up whenever the same groups would be encoded differently.
-ENCODING = 4
+# Part of the cache key. Increase it whenever the same groups would be encoded differently.
+ENCODING = 5
 
-# So many bad responses are told; the others are counted.
+# Number of bad responses that are listed; the rest are only counted.
 TOLD = 10
 
 
 @dataclass(frozen=True)
 class PreferenceGroup:
-    """A group of ids and its N preferred pairs: chosen, rejected [N] index its responses.
+    """The token ids of a prompt's responses and N preferred pairs, for all or part of a prompt.
 
-    Pairs of one choice [N], counted from 0, are one response chosen before several; of a tie [N]
-    neither is chosen. It may be a part of a prompt: prompt_pairs and prompt_choices count those of
-    all its parts.
+    chosen, rejected [N]: indices of responses. margin, label [N]: label is the probability that
+    chosen wins. choice [N], from 0: pairs with the same choice are one response chosen over
+    several. tie [N]: the two were judged equal. prompt_pairs, prompt_choices: numbers of pairs and
+    choices over all parts of the prompt. subset, source: those of the prompt's records.
     """
 
     tokens: TokenGroup
@@ -68,18 +69,17 @@ class PreferenceGroup:
         return int(self.choice.max()) + 1
 
     def part(self, pairs: NDArray[np.int64]) -> PreferenceGroup:
-        """The group of some of its pairs, by index in their order, and the responses in them."""
+        """Return the group of these pairs, given by ascending index, and the responses in them."""
         if len(pairs) == self.pairs:
             return self
-        ends = self.chosen[pairs], self.rejected[pairs]
-        kept = np.unique(ends)
+        chosen, rejected = self.chosen[pairs], self.rejected[pairs]
+        kept = np.unique([chosen, rejected])
         prefix, suffixes = self.tokens.prefix, self.tokens.suffixes
-        chosen, rejected = np.searchsorted(kept, ends)
         return replace(
             self,
             tokens=TokenGroup.from_rows([np.concatenate([prefix, suffixes[i]]) for i in kept]),
-            chosen=chosen,
-            rejected=rejected,
+            chosen=np.searchsorted(kept, chosen),
+            rejected=np.searchsorted(kept, rejected),
             margin=self.margin[pairs],
             label=self.label[pairs],
             choice=np.unique(self.choice[pairs], return_inverse=True)[1],
@@ -87,7 +87,7 @@ class PreferenceGroup:
         )
 
     def decided(self) -> PreferenceGroup:
-        """The group with all of its responses, and those pairs that have a winner or are ties."""
+        """Return the group with all its responses, but only pairs with a winner and ties."""
         kept = (self.label != 0.5) | self.tie
         choice = np.unique(self.choice[kept], return_inverse=True)[1]
         return replace(
@@ -103,19 +103,23 @@ class PreferenceGroup:
         )
 
     def pieces(self, budget: int) -> list[PreferenceGroup]:
-        """Parts that share no response, of at most `budget` tokens where what connects allows."""
+        """Split into parts of at most `budget` tokens that share no response.
+
+        A part may exceed the budget if pairs connect all its responses.
+        """
         if self.tokens.tokens <= budget:
             return [self]
         parts = [np.array(pairs) for pairs in connected(self.chosen, self.rejected)]
         lengths = np.array([len(suffix) for suffix in self.tokens.suffixes])
-        costs = [int(lengths[np.unique([self.chosen[p], self.rejected[p]])].sum()) for p in parts]
+        responses = [np.unique([self.chosen[pairs], self.rejected[pairs]]) for pairs in parts]
+        costs = [int(lengths[indices].sum()) for indices in responses]
         plans = plan_packs(costs, budget - len(self.tokens.prefix))
         return [self.part(np.sort(np.concatenate([parts[i] for i in plan]))) for plan in plans]
 
 
 @dataclass
 class EncodeReport:
-    """What encoding did to the data; everything that is not trained on is counted here."""
+    """The counts of everything that encoding kept, changed or left out."""
 
     groups: int = 0
     pairs: int = 0
@@ -125,10 +129,12 @@ class EncodeReport:
     empty_responses: int = 0
     dropped_pairs: int = 0
     identical_pairs: int = 0
+    prompts_without_thoughts: int = 0
+    """Prompts of which the template drops thoughts of earlier turns, by design."""
     bad_responses: int = 0
-    """That the template refuses, or drops something of."""
+    """Responses that the template refuses or partly drops."""
     bad: list[str] = field(default_factory=list)
-    """One message for each of the first of them."""
+    """Messages about the first bad responses."""
 
     def __str__(self) -> str:
         counted = {k: v for k, v in asdict(self).items() if v and k != "bad"}
@@ -139,9 +145,9 @@ class EncodeReport:
 
 @dataclass(frozen=True)
 class PreferenceData:
-    """Groups, or parts of them, on disk, read one by one.
+    """Encoded groups, or parts of groups, on disk that are read one at a time.
 
-    fingerprint names their text, text_to_ids what made ids of it (fingerprints.py).
+    fingerprint: hash of their text. text_to_ids: hash of what turned it into ids (fingerprints.py).
     """
 
     table: Dataset
@@ -155,31 +161,33 @@ class PreferenceData:
     def __getitem__(self, index: int) -> PreferenceGroup:
         row = self.table[index]
         return PreferenceGroup(
-            TokenGroup(_ids(row["prefix"]), tuple(map(_ids, row["suffixes"]))),
-            np.array(row["chosen"], dtype=np.int64),
-            np.array(row["rejected"], dtype=np.int64),
-            np.array(row["margin"], dtype=np.float32),
-            np.array(row["label"], dtype=np.float32),
-            np.array(row["choice"], dtype=np.int64),
-            np.array(row["tie"], dtype=np.bool_),
-            row["prompt_pairs"],
-            row["prompt_choices"],
-            row["subset"],
-            row["source"],
+            tokens=TokenGroup(_ids(row["prefix"]), tuple(map(_ids, row["suffixes"]))),
+            chosen=np.array(row["chosen"], dtype=np.int64),
+            rejected=np.array(row["rejected"], dtype=np.int64),
+            margin=np.array(row["margin"], dtype=np.float32),
+            label=np.array(row["label"], dtype=np.float32),
+            choice=np.array(row["choice"], dtype=np.int64),
+            tie=np.array(row["tie"], dtype=np.bool_),
+            prompt_pairs=row["prompt_pairs"],
+            prompt_choices=row["prompt_choices"],
+            subset=row["subset"],
+            source=row["source"],
         )
 
     @property
     def largest_id(self) -> int:
-        """The largest token id of all rows."""
-        columns = (self.table.data.column(name) for name in ("prefix", "suffixes"))
-        prefixes, suffixes = map(pc.list_flatten, columns)
-        largest = (pc.max(ids).as_py() for ids in (prefixes, pc.list_flatten(suffixes)))
+        """Return the largest token id of all rows."""
+        prefix_ids = pc.list_flatten(self.table.data.column("prefix"))
+        suffixes = pc.list_flatten(self.table.data.column("suffixes"))
+        suffix_ids = pc.list_flatten(suffixes)
+        largest = [pc.max(prefix_ids).as_py(), pc.max(suffix_ids).as_py()]
         return int(max(i for i in largest if i is not None))
 
     @property
     def undecided(self) -> bool:
-        """Whether no pair has a winner: every label is a half."""
-        return bool(pc.all(pc.equal(pc.list_flatten(self.table.data.column("label")), 0.5)).as_py())
+        """Return whether no pair has a winner, because every label is 0.5."""
+        labels = pc.list_flatten(self.table.data.column("label"))
+        return bool(pc.all(pc.equal(labels, 0.5)).as_py())
 
 
 def encode_groups(
@@ -192,21 +200,21 @@ def encode_groups(
     whole_choices: bool = False,
     on_bad_record: Literal["error", "skip"] = "error",
 ) -> PreferenceData:
-    """Encode groups, or read them from the cache if the same ones were encoded before.
+    """Encode groups, or read them from the cache if the same groups were encoded before.
 
-    cut_alike, as in training: overlong "truncate" cuts a group's prompt from the left so that its
-    longest row fits max_length, the same for all of its responses, and pairs that became identical
-    are left out. Else every row is cut by itself and such a pair stays, as where it is served.
-    overlong "error" leaves over-long responses out. All is counted. A group of more pairs than
-    pairs_per_group is split into parts; whole_choices keeps the pairs of a choice in one part.
-    on_bad_record "skip" counts a response that cannot be encoded at all, and leaves it out with the
-    pairs it is in. Raises DataError where there is such a one otherwise, or nothing is left.
+    cut_alike, for training: overlong "truncate" cuts a group's prompt from the left, the same for
+    all its responses, so that the longest row fits max_length; pairs of identical rows are dropped.
+    Without cut_alike, every row is cut separately, as in serving, and identical pairs stay.
+    overlong "error" drops over-long responses. A group with more pairs than pairs_per_group is
+    split into parts; whole_choices keeps the pairs of a choice in one part. on_bad_record "skip"
+    drops responses that cannot be encoded, and their pairs. Everything dropped is counted. Raises
+    DataError if a response cannot be encoded and on_bad_record is "error", or if no pair is left.
     """
     made_from = data_fingerprint(groups)
     text_to_ids = fingerprint_of_text(template.tokenizer, datetime.now())
     choices = [[p.choice for p in group.preferences] for group in groups]
-    asked = [overlong, cut_alike, pairs_per_group, whole_choices]
-    key = json.dumps([ENCODING, made_from, choices, asdict(template.spec), text_to_ids, asked])
+    options = [overlong, cut_alike, pairs_per_group, whole_choices]
+    key = json.dumps([ENCODING, made_from, choices, asdict(template.spec), text_to_ids, options])
     cache = cache_directory("encoded")
     directory = cache / hashlib.sha256(key.encode()).hexdigest()[:32]
     if not directory.exists():
@@ -217,7 +225,7 @@ def encode_groups(
             for part in _split(group, pairs_per_group, whole_choices, report)
         ]
         if not rows:
-            raise DataError(f"no pair is left of those from {groups[0].source} on: {report}")
+            raise DataError(f"no pair is left of the data from {groups[0].source} on: {report}")
         disable_progress_bar()
         partial = Path(tempfile.mkdtemp(dir=cache))
         Dataset.from_list(rows).save_to_disk(partial)
@@ -236,9 +244,13 @@ def _encode(
     cut_alike: bool,
     report: EncodeReport,
 ) -> Iterator[PreferenceGroup]:
+    """Yield the groups that have pairs left, as ids; count everything in `report`."""
     rows = [
-        [Row(g.prompt, r, f, g.tools) for r, f in zip(g.responses, g.finished, strict=True)]
-        for g in groups
+        [
+            Row(group.prompt, response, finished, group.tools)
+            for response, finished in zip(group.responses, group.finished, strict=True)
+        ]
+        for group in groups
     ]
     encoded = iter(template.encode([row for group in rows for row in group]))
     for group, group_rows in zip(groups, rows, strict=True):
@@ -263,6 +275,7 @@ def _encode(
         choice = np.unique([p.choice for p in pairs], return_inverse=True)[1]
         report.groups += 1
         report.pairs += len(pairs)
+        report.prompts_without_thoughts += template.dropped_thoughts(group_rows[kept[0]]) > 0
         yield PreferenceGroup(
             tokens=TokenGroup.from_rows([ids[i] for i in kept]),
             chosen=np.searchsorted(kept, [p.chosen for p in pairs]),
@@ -283,7 +296,8 @@ def _split(
 ) -> list[PreferenceGroup]:
     atoms = group.choice if whole_choices else np.arange(group.pairs)
     parts = split_pairs(group.chosen, group.rejected, atoms, limit)
-    report.split_groups += len(parts) > 1
+    if len(parts) > 1:
+        report.split_groups += 1
     return [group.part(pairs) for pairs in parts]
 
 
@@ -301,7 +315,11 @@ def _fit_group(
     cut_alike: bool,
     report: EncodeReport,
 ) -> dict[int, Ids]:
-    """Rows by response index that fit max_length, after the group's one cut, or each row's own."""
+    """Return the ids of the responses that fit max_length, by response index.
+
+    With cut_alike, the prompt is cut the same for the whole group, else row by row. Counts the
+    responses left out in `report`.
+    """
     ids: dict[int, Ids] = {}
     cut = False
     for i, result in enumerate(encoded):
@@ -319,12 +337,13 @@ def _fit_group(
                 report.overlong_responses += 1
             else:
                 ids[i] = result if cut_alike else fitted
-                cut |= shorter
-    report.truncated_groups += cut
+                cut = cut or shorter
+    if cut:
+        report.truncated_groups += 1
     if not (cut and cut_alike):
         return ids
     alike, _ = template.fit_alike([rows[i] for i in ids], list(ids.values()), overlong)
-    fits = {i: of for i, of in zip(ids, alike, strict=True) if not isinstance(of, RowError)}
+    fits = {i: row for i, row in zip(ids, alike, strict=True) if not isinstance(row, RowError)}
     report.overlong_responses += len(ids) - len(fits)
     return fits
 
@@ -335,7 +354,7 @@ def _ids(values: list[int]) -> Ids:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which groups make up which optimizer step: a function of seed, epoch and data alone."""
+    """A mapping from optimizer steps to groups, determined by seed, epoch and data only."""
 
     groups: int
     groups_per_step: int

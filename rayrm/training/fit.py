@@ -1,6 +1,6 @@
-"""fit(config): start a training run on Ray Train, or resume it, and publish its export.
+"""Start or resume a training run on Ray Train, and publish its export: fit(config).
 
-Knows where a run's things lie and what an export is made of; what the ranks do is in loop.py.
+Knows the files of a run and of an export. Does not know what the ranks do (loop.py).
 """
 
 from __future__ import annotations
@@ -49,22 +49,23 @@ from rayrm.model.export import (
     hash_weights,
     publish,
     read_record,
-    with_text_to_ids,
+    with_fingerprints,
     write_model_card,
 )
 from rayrm.model.net import DTYPES, RewardNet, save_weights
 from rayrm.text.template import Template
 from rayrm.training.checkpoint import consolidate, load_trained
 from rayrm.training.config import ClusterSection, TrainConfig, TrainSection
+from rayrm.training.inputs import check_exported
 from rayrm.training.loop import train_loop
-from rayrm.training.lora import check_frozen, export_adapter, hash_frozen, merge_adapters
+from rayrm.training.lora import export_adapter, merge_adapters
 from rayrm.training.progress import progress_bar
 from rayrm.training.run import as_decided, read_config, with_date, with_dtype, write_config
 from rayrm.training.setup import load_model
 
 log = logging.getLogger(__name__)
 
-# What may differ between a run and its resumption: it changes speed and memory, not the result.
+# Fields that may change when a run resumes: they affect speed, memory and records, not the result.
 FREE: dict[str, Any] = {
     "cluster": True,
     "model": {"gradient_checkpointing"},
@@ -77,22 +78,22 @@ FREE: dict[str, Any] = {
     },
 }
 
-# Held-out groups whose rewards are also computed from the weights before they are rounded.
+# Number of held-out groups that are also scored with the weights before rounding.
 ROUNDING_GROUPS = 64
 
-# Where Ray unpacks what a job uploaded; it deletes that when it likes.
+# Where Ray unpacks the files that a job uploads; Ray may delete them at any time.
 UPLOADS = "/runtime_resources/working_dir_files/"
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run: where its export lies, how that was evaluated, and figures by step.
+    """The result of a finished run: its export, the evaluation of the export, and its history.
 
-    metrics is the export's evaluation on held-out data (empty without any); history holds a dict
-    per optimizer step: step, loss, accuracy, margin, learning_rate, grad_norm, pairs, tokens,
-    tokens_unshared, seconds, and eval_* where one was due. grad_norm is None under ZeRO 0, accuracy
-    and margin where no pair has a winner.
-    report is the page about both (None without held-out data).
+    export: path or URI of the export. metrics: evaluation on held-out data (empty without any).
+    history: a dict per optimizer step with step, loss, accuracy, margin, learning_rate, grad_norm,
+    pairs, tokens, tokens_unshared, seconds, and eval_* if the step was evaluated. grad_norm is None
+    under ZeRO 0, accuracy and margin are None if no pair has a winner. report: path or URI of the
+    page on metrics and history (None without held-out data).
     """
 
     export: str
@@ -102,7 +103,7 @@ class TrainResult:
 
 
 def fit(config: TrainConfig) -> TrainResult:
-    """Train, export, evaluate the export. The same name in the same storage resumes where it was.
+    """Train, export and evaluate a model; the same name in the same storage resumes the run.
 
     Starts Ray if it is not running. A finished run is not trained again: its result is returned.
     Raises ConfigError, DataError, ModelError, ExportError, or TrainingError.
@@ -110,7 +111,7 @@ def fit(config: TrainConfig) -> TrainResult:
     run = run_directory(config)
     if UPLOADS in run:
         raise ConfigError(
-            f"storage = {config.storage!r} lies in the job's copy of its working directory, which "
+            f"storage = {config.storage!r} is in the job's copy of its working directory, which "
             "Ray deletes: give an absolute path that all nodes share, or a URI"
         )
     config = claim(config, run)
@@ -121,7 +122,7 @@ def fit(config: TrainConfig) -> TrainResult:
     config = with_absolute_paths(config)
     if not ray.is_initialized():
         ray.init()
-    # Ray Train reads it here, on the driver: without it the dashboard does not know the run.
+    # Ray Train reads it on the driver; without it the dashboard does not list the run.
     os.environ.setdefault(RAY_TRAIN_ENABLE_STATE_TRACKING, "1")
     try:
         with progress_bar(f"training {config.name}") as steps:
@@ -146,7 +147,7 @@ def fit(config: TrainConfig) -> TrainResult:
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """The config as workers need it, which run in directories of their own."""
+    """Return the config with absolute paths, because workers run in other directories."""
     data = config.data.model_copy(
         update={
             "train": [absolute(path) for path in config.data.train],
@@ -164,7 +165,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 def make_trainer(
     config: TrainConfig, run: str, loop: Callable[[dict[str, Any]], Any]
 ) -> TorchTrainer:
-    """Ray Train's trainer for a loop of this config's workers."""
+    """Return the Ray Train trainer that runs `loop` on this config's workers."""
     cluster = config.cluster
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
@@ -190,7 +191,7 @@ def make_trainer(
 
 
 def retention(train: TrainSection) -> CheckpointConfig:
-    """Which checkpoints Ray Train keeps; the latest is always one of them."""
+    """Return which checkpoints Ray Train keeps; the latest is always kept."""
     if train.keep_best is None:
         return CheckpointConfig(num_to_keep=train.keep_checkpoints)
     return CheckpointConfig(
@@ -201,17 +202,17 @@ def retention(train: TrainSection) -> CheckpointConfig:
 
 
 def to_export(train: TrainSection, trained: Result) -> tuple[Checkpoint, int]:
-    """The checkpoint that becomes the export, and its step."""
+    """Return the checkpoint to export, and its step."""
     if train.export_checkpoint == "best":
         assert trained.best_checkpoints
-        checkpoint, figures = trained.best_checkpoints[-1]  # in the order of retention's score
+        checkpoint, figures = trained.best_checkpoints[-1]  # sorted by retention's score
         return checkpoint, figures["step"]
     assert trained.checkpoint and trained.metrics
     return trained.checkpoint, trained.metrics["step"]
 
 
 def export_cpus(cluster: ClusterSection) -> float:
-    """A worker's, or on a single node all that the workers have left there."""
+    """Return the CPUs for the export: those of one worker, or of all workers on a single node."""
     nodes = sum(node["Alive"] for node in ray.nodes())
     return cluster.cpus_per_worker * (cluster.workers if nodes == 1 else 1)
 
@@ -224,17 +225,17 @@ def export_run(
     trained: dict[str, Any],
     cpus: float,
 ) -> None:
-    """Write a checkpoint's model, evaluate what was written, publish it and the report."""
+    """Write the model of a checkpoint, evaluate what was written, and publish it with a report."""
     torch.set_num_threads(max(1, int(cpus)))
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary) / "export"
         with checkpoint.as_directory() as shards:
-            model, template = trained_model(config, shards, trained["frozen_sha256"])
+            model, template = trained_model(config, shards, trained)
         export = write_export(config, model, template, directory, step, trained)
         if config.data.eval:
             evaluate_export(config, run, model, template, directory, export)
         write_model_card(directory, export)
-        publish(directory, f"{run}/export")  # last: where it is, the run is finished
+        publish(directory, f"{run}/export")  # last, since an export marks the run as finished
 
 
 def write_export(
@@ -245,8 +246,9 @@ def write_export(
     step: int,
     trained: dict[str, Any],
 ) -> Export:
-    """Weights, tokenizer and record of a trained model, not evaluated yet; merges its adapters."""
-    adapter, dtype = None, DTYPES[config.train.export_dtype]
+    """Merge the model's adapters, write weights, tokenizer and record, and return the record."""
+    dtype = DTYPES[config.train.export_dtype]
+    adapter = None
     if config.lora.rank:
         folder = directory / ADAPTER
         adapter = export_adapter(model, config.lora, config.model.path, dtype, folder)
@@ -270,7 +272,7 @@ def write_export(
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     )
-    export = with_text_to_ids(directory, export)
+    export = with_fingerprints(directory, export)
     export.write(directory)
     return export
 
@@ -283,8 +285,9 @@ def evaluate_export(
     directory: Path,
     export: Export,
 ) -> None:
-    """Add held-out figures to an export's record, and put the report on them into the run."""
-    data, device = config.data, "cuda" if config.cluster.gpus_per_worker else "cpu"
+    """Add held-out metrics to an export's record, and write the report on them to the run."""
+    data = config.data
+    device = "cuda" if config.cluster.gpus_per_worker else "cpu"
     groups, read = read_groups(data.eval, split="test", on_bad_record=data.on_bad_record)
     exact = RewardModel(RewardNet(model).to(device), template, overlong=data.overlong_rows)
     unrounded = score(exact, groups[:ROUNDING_GROUPS])
@@ -304,19 +307,22 @@ def evaluate_export(
 
 
 def trained_model(
-    config: TrainConfig, shards: str, frozen_sha256: str
+    config: TrainConfig, shards: str, trained: dict[str, Any]
 ) -> tuple[PreTrainedModel, Template]:
-    """The model that the shards below a directory are of, in fp32, its adapters beside weights."""
+    """Load the fp32 model, adapters not merged, and its template from a directory of shards."""
     model, template = load_model(config)
-    check_frozen(hash_frozen(model), frozen_sha256, config.model.path)
+    check_exported(model, template, trained, config.model.path)
     load_trained(consolidate(shards), RewardNet(model))
     return model, template
 
 
 def compare(exact: Sequence[ScoredGroup], rounded: Sequence[ScoredGroup]) -> dict[str, Any]:
-    """How far the export's rewards are from those of its fp32 weights, computed in fp32."""
+    """Return how far the export's rewards are from those of its fp32 weights, computed in fp32."""
     shift = np.concatenate(
-        [np.abs(r.rewards - e.rewards) for e, r in zip(exact, rounded, strict=True)]
+        [
+            np.abs(after.rewards - before.rewards)
+            for before, after in zip(exact, rounded, strict=True)
+        ]
     )
     shift = shift[np.isfinite(shift)]
     if not len(shift):
@@ -325,14 +331,18 @@ def compare(exact: Sequence[ScoredGroup], rounded: Sequence[ScoredGroup]) -> dic
 
 
 def read_result(run: str) -> TrainResult:
-    export, page = read_record(f"{run}/export"), f"{run}/report/{PAGE}"
+    export = read_record(f"{run}/export")
+    page = f"{run}/report/{PAGE}"
     return TrainResult(
-        f"{run}/export", export.evaluation, export.history, page if exists(page) else None
+        export=f"{run}/export",
+        metrics=export.evaluation,
+        history=export.history,
+        report=page if exists(page) else None,
     )
 
 
 def run_directory(config: TrainConfig) -> str:
-    """Where the run's checkpoints and export lie: an absolute path or a URI."""
+    """Return the directory of the run's checkpoints and export: an absolute path or a URI."""
     storage = config.storage if "://" in config.storage else str(Path(config.storage).resolve())
     return f"{storage.rstrip('/')}/{config.name}"
 
@@ -343,55 +353,60 @@ def exists(path: str) -> bool:
 
 
 def check_places(run: str) -> None:
-    """Raises ExportError where something else is at a place that a run writes to when it ends."""
+    """Raise ExportError if a path that the run writes to when it ends is taken."""
     filesystem, path = fs.FileSystem.from_uri(run)
     report, export = filesystem.get_file_info([f"{path}/report", f"{path}/export"])
     taken = [f"{run}/report"] if report.type == fs.FileType.File else []
-    # A remote directory without a record may be what a kill left of an upload.
-    half = export.type == fs.FileType.Directory and "://" in run
+    # A remote directory without a record may be left from a killed upload.
+    unfinished = export.type == fs.FileType.Directory and "://" in run
     empty = export.type == fs.FileType.Directory and not filesystem.get_file_info(
         fs.FileSelector(export.path)
     )
-    if export.type != fs.FileType.NotFound and not (half or empty):
+    if export.type != fs.FileType.NotFound and not (unfinished or empty):
         taken.append(f"{run}/export")
     if taken:
         raise ExportError(
-            f"{' and '.join(taken)} would be in the way of what the run writes when it ends: move "
-            "what is there, or give this run another name"
+            f"{' and '.join(taken)} would be in the way of what the run writes when it ends: "
+            "move it elsewhere, or give this run another name"
         )
 
 
 def claim(config: TrainConfig, run: str) -> TrainConfig:
-    """Note the config beside the run, or refuse to resume it under another one.
+    """Record the config in the run's directory, or check it against the one recorded there.
 
-    Returns it with what it leaves open as the run's first start decided it.
+    Returns the config with open fields (dtype, date, rule) set as the run's first start decided.
+    Raises TrainingError if the run was started with another config.
     """
-    noted = read_config(run)
-    if noted is None or noted.data.date is None:
-        write_config(with_date(noted or config), run)
+    recorded = read_config(run)
+    if recorded is None or recorded.data.date is None:
+        write_config(with_date(recorded or config), run)
         return claim(config, run)
-    config = as_decided(config, noted)
-    mine, theirs = (c.model_dump(mode="json", exclude=FREE) for c in (config, noted))
-    differ = sorted(_flat(mine).items() ^ _flat(theirs).items())
+    config = as_decided(config, recorded)
+    mine = _flat(config.model_dump(mode="json", exclude=FREE))
+    theirs = _flat(recorded.model_dump(mode="json", exclude=FREE))
+    differ = sorted(key for key in mine | theirs if mine.get(key) != theirs.get(key))
     if differ:
-        keys = sorted({key for key, _ in differ})
         raise TrainingError(
-            f"{run} was started with another config (differs in {', '.join(keys)}): give this run "
-            "another name, or remove the directory"
+            f"{run} was started with another config (differs in {', '.join(differ)}): give this "
+            "run another name, or remove the directory"
         )
     return config
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return nested values as JSON by dotted key."""
     flat: dict[str, str] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: json.dumps(value)}
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{name}.")
+        else:
+            flat[name] = json.dumps(value)
     return flat
 
 
 def first_cause(error: TrainingFailedError) -> Exception:
-    """The typed error a rank raised, rather than Ray's report of all of them."""
+    """Return the typed error that a rank raised, or else Ray's report as a TrainingError."""
     failures = getattr(error, "worker_failures", {}).values()
     for failure in failures:
         cause = getattr(failure, "cause", failure)
@@ -401,7 +416,7 @@ def first_cause(error: TrainingFailedError) -> Exception:
 
 
 def worker_environment(config: TrainConfig) -> dict[str, str]:
-    """Quiet, and without a search for accelerators where none is asked for."""
+    """Return the environment of workers: quiet, and without accelerators if no GPU is requested."""
     environment = {
         "TOKENIZERS_PARALLELISM": "true",
         "TRANSFORMERS_VERBOSITY": "error",

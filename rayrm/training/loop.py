@@ -1,8 +1,8 @@
-"""What every rank of a training run does: set up, resume, step, evaluate, save.
+"""Run one rank of a training run: set up, resume, step, evaluate, save.
 
 All ranks compute the same plan (which groups make a step, which rank takes which) and never send
-each other data; they meet in DeepSpeed's gradients, in one all-reduce of a step's figures, and in
-Ray Train's report. Knows nothing of how the run is started or exported.
+each other data. They synchronize in DeepSpeed's gradients, in all-reduces of rewards and of a
+step's metrics, and in Ray Train's report. Does not know how the run is started or exported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from ray.train import (
 from torch import Tensor
 
 from rayrm.errors import TrainingError
-from rayrm.evaluation.evaluate import ScoredGroup, equal_for_equals, summarize
+from rayrm.evaluation.evaluate import ScoredGroup, summarize
 from rayrm.model.net import (
     pack_tensors,
 )
@@ -41,7 +41,7 @@ from rayrm.packing import Pack, TokenGroup, by_group, share_packs, split_group
 from rayrm.training.checkpoint import load_shards, save_shards
 from rayrm.training.config import TrainConfig, TrainSection
 from rayrm.training.dataset import PreferenceGroup, Schedule
-from rayrm.training.lora import check_frozen, hash_frozen
+from rayrm.training.inputs import Inputs
 from rayrm.training.loss import LOSSES, Pairs
 from rayrm.training.metrics import TrainMetrics
 from rayrm.training.setup import check_ids, decide_dtype, load_data, load_model, start_engine
@@ -50,7 +50,7 @@ Figures = dict[str, Any]
 
 
 def train_loop(values: dict[str, Any], steps: Any) -> Figures:
-    """One rank of the run, which tells `steps` how far it is. Returns its history and its data."""
+    """Run one rank, report progress to the actor `steps`, and return the run's history and data."""
     config = TrainConfig(**values)
     rank = Rank(config)
     while rank.step < rank.schedule.steps:
@@ -68,14 +68,13 @@ def train_loop(values: dict[str, Any], steps: Any) -> Figures:
     return {
         "history": rank.history,
         "data": str(rank.train.report),
-        "data_fingerprint": rank.train.fingerprint,
-        "frozen_sha256": rank.frozen_sha256,
         "dtype": rank.config.train.dtype,
+        **asdict(rank.inputs),
     }
 
 
 class Rank:
-    """A rank's model shards, its view of the data, and how far the run is."""
+    """One rank: its model shards, its view of the data, and the run's progress."""
 
     def __init__(self, config: TrainConfig) -> None:
         context = get_context()
@@ -84,9 +83,10 @@ class Rank:
         if config.cluster.gpus_per_worker == 0:
             torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
         model, template = load_model(config)
-        self.frozen_sha256 = hash_frozen(model)
         self.train, self.held_out = load_data(config, template)
         check_ids([self.train, self.held_out], model, config.model.path)
+        self.inputs = Inputs.of(model, template, self.train)
+        self.inputs.check_ranks()
         self.schedule = Schedule(
             len(self.train),
             config.train.groups_per_step,
@@ -100,40 +100,22 @@ class Rank:
         self.history: list[Figures] = []
         if checkpoint := get_checkpoint():
             with checkpoint.as_directory() as directory:
-                dist.barrier()  # a rank that came later would download over what others read
+                dist.barrier()  # a late rank would overwrite files that others read
                 state = load_shards(self.engine, directory, self.world_size)
-            if state["data_fingerprint"] != self.train.fingerprint:
-                raise TrainingError(
-                    f"the checkpoint of step {state['step']} was trained on other data: data.train "
-                    "has changed since the run was started; give this run another name"
-                )
-            if state.get("text_to_ids", self.train.text_to_ids) != self.train.text_to_ids:
-                raise TrainingError(
-                    f"the checkpoint of step {state['step']} was trained on other ids: tokenizer "
-                    f"or chat template of {config.model.path} have changed since the run was "
-                    "started; put them back, or give this run another name"
-                )
-            # One that does not say was trained with every prompt as one group.
-            if state.get("groups", self.train.report.groups) != len(self.train):
-                raise TrainingError(
-                    f"the checkpoint of step {state['step']} was trained with other groups: "
-                    "train.pairs_per_group has changed since the run was started; set it back "
-                    "(null: every prompt is one group), or give this run another name"
-                )
-            check_frozen(self.frozen_sha256, state["frozen_sha256"], config.model.path)
+            self.inputs.check_resumed(state, config.model.path)
             self.step, self.history = state["step"], state["history"]
         events = f"{config.storage}/{config.name}/tensorboard" if config.train.tensorboard else None
         self.metrics = TrainMetrics(config.name, events, self.step) if self.rank == 0 else None
 
     def train_step(self) -> None:
-        """One optimizer step: this rank's packs forward and backward, then everyone's update.
+        """Take one optimizer step: run this rank's packs forward and backward, then update.
 
-        A group above the budget of a micro-batch is cut where no pair connects its responses, and
-        what is above it still by responses.
+        A group above the micro-batch budget is split into parts that no pair connects; parts that
+        are still above it are computed in pieces by train_large.
         """
         started = time.perf_counter()
         self.engine.train()
-        # Dropout is drawn by step, so that a resumed run draws what it would have drawn.
+        # Seed dropout by step, so that a resumed run draws the same masks.
         torch.manual_seed(seed_of(self.config.train.seed, self.step, self.rank))
         groups = [self.train[i] for i in self.schedule[self.step]]
         weight = sum(self.weight(group) for group in groups)
@@ -147,14 +129,14 @@ class Rank:
             share = [small[i] for i in indices]
             rewards = self.forward([piece.tokens for piece in share] or one_row(groups))
             loss, share_sums = self.loss(rewards, share)
-            # DeepSpeed averages over ranks; the loss is the mean over what all of them compare.
+            # DeepSpeed averages over ranks; the loss is the mean over the comparisons of all ranks.
             self.engine.backward(loss / weight * self.world_size, scale_wrt_gas=False)
             sums += share_sums
             scored.append((sources(share), rewards.detach()))
         if large:
-            large_sums, mine = self.train_large(large, weight)
+            large_sums, large_scored = self.train_large(large, weight)
             sums += large_sums
-            scored.append(mine)
+            scored.append(large_scored)
         dist.all_reduce(sums)
         loss_sum, right, margin = sums.tolist()
         if not math.isfinite(loss_sum):
@@ -164,9 +146,9 @@ class Rank:
         for param_group in self.engine.optimizer.param_groups:
             param_group["lr"] = rate
         self.engine.step()
-        # ZeRO 0 clips without telling the norm; its NaN shows in the next step's loss.
-        told = self.engine.get_global_grad_norm()
-        grad_norm = None if told is None else float(told)
+        # ZeRO 0 clips without reporting the norm; a NaN in it shows in the next step's loss.
+        norm = self.engine.get_global_grad_norm()
+        grad_norm = None if norm is None else float(norm)
         if grad_norm is not None and not math.isfinite(grad_norm):
             raise TrainingError(f"step {self.step + 1}: the gradient's norm is {grad_norm}")
         self.step += 1
@@ -191,13 +173,13 @@ class Rank:
     def train_large(
         self, groups: Sequence[PreferenceGroup], weight: float
     ) -> tuple[Tensor, tuple[list[str], Tensor]]:
-        """Forward and backward of groups above the budget, in pieces that all ranks share.
+        """Run forward and backward of groups above the budget, in pieces split over all ranks.
 
-        The loss couples the responses of a group. So their rewards come first, without a graph;
-        with the loss's gradient by reward each piece is computed again and goes backward: the same
-        gradients as of the whole, at a forward more (gradient caching, Gao et al. 2021,
-        arXiv:2101.06983). Returns the sums of `loss`, once for all ranks, and the rewards that this
-        rank computed, with the sources of their rows.
+        The loss couples the responses of a group, so their rewards are computed first, without a
+        graph. Then each piece is computed again and goes backward from the loss's gradient with
+        respect to its rewards. The gradients are those of the whole group, for one more forward
+        (gradient caching, Gao et al. 2021, arXiv:2101.06983). Returns the sums of `loss` (0 except
+        on rank 0), and the sources and rewards of the rows that this rank computed.
         """
         pieces = self.cut([group.tokens for group in groups])
         plan = self.share([piece.tokens for piece in pieces])
@@ -207,29 +189,33 @@ class Rank:
         for micro_batch, indices in enumerate(plan):
             share = [pieces[i] for i in indices]
             self.seed_piece(micro_batch)
-            again = self.forward([piece.tokens for piece in share] or one_row(groups))
-            at = places(share)
-            pulled = (again * gradient[at]).sum() if share else again.sum() * 0.0
-            self.engine.backward(pulled, scale_wrt_gas=False)
-        at = places([pieces[i] for indices in plan for i in indices])
+            recomputed = self.forward([piece.tokens for piece in share] or one_row(groups))
+            if share:
+                surrogate = (recomputed * gradient[places(share)]).sum()
+            else:
+                surrogate = recomputed.sum() * 0.0
+            self.engine.backward(surrogate, scale_wrt_gas=False)
+        if self.rank > 0:
+            sums = torch.zeros_like(sums)  # the caller adds up the sums of all ranks
+        computed = places([pieces[i] for indices in plan for i in indices])
         names = sources(groups)
-        mine = [names[i] for i in at], rewards.detach()[at]
-        return (sums if self.rank == 0 else torch.zeros_like(sums)), mine
+        return sums, ([names[i] for i in computed], rewards.detach()[computed])
 
     @torch.no_grad()
     def score(self, pieces: Sequence[Piece], plan: Sequence[Sequence[int]]) -> Tensor:
-        """Rewards [K] of all pieces, of which this rank computes those of its plan, on every rank.
+        """Return the rewards [K] of all pieces, on every rank; this rank computes its plan's share.
 
-        Dropout is what it will be when train_large computes the same micro-batch again.
+        Dropout is the same as when train_large computes the micro-batch again.
         """
         computed = []
         for micro_batch, indices in enumerate(plan):
             self.seed_piece(micro_batch)
+            # All ranks must call forward equally often: piece 0 stands in for an empty micro-batch.
             computed.append(self.forward([pieces[i].tokens for i in indices or [0]]))
         rewards = computed[0].new_zeros(sum(len(piece.tokens.suffixes) for piece in pieces))
-        for indices, found in zip(plan, computed, strict=True):
+        for indices, values in zip(plan, computed, strict=True):
             if indices:
-                rewards[places([pieces[i] for i in indices])] = found
+                rewards[places([pieces[i] for i in indices])] = values
         dist.all_reduce(rewards)
         return rewards
 
@@ -237,8 +223,10 @@ class Rank:
         torch.manual_seed(seed_of(self.config.train.seed, self.step, self.rank, micro_batch))
 
     def cut(self, groups: Sequence[TokenGroup]) -> list[Piece]:
-        """The groups in pieces of at most the budget of a micro-batch, or of one row."""
-        budget, pieces, start = self.config.train.tokens_per_micro_batch, [], 0
+        """Split the groups into pieces of at most the micro-batch budget, or of one row."""
+        budget = self.config.train.tokens_per_micro_batch
+        pieces: list[Piece] = []
+        start = 0
         for group in groups:
             for responses in split_group(group, budget):
                 pieces.append(Piece(group.part(responses), start + responses.start))
@@ -246,21 +234,24 @@ class Rank:
         return pieces
 
     def share(self, groups: Sequence[TokenGroup]) -> list[list[int]]:
-        """This rank's micro-batches, as many as every other rank's, by index; some may be empty."""
+        """Return this rank's micro-batches as indices of groups.
+
+        Every rank gets the same number of micro-batches; some may be empty.
+        """
         costs = [group.tokens for group in groups]
         budget = self.config.train.tokens_per_micro_batch
         return share_packs(costs, self.world_size, budget)[self.rank]
 
     def forward(self, groups: Sequence[TokenGroup]) -> Tensor:
-        """Rewards [K] of the groups' responses, in order."""
+        """Return the rewards [K] of the groups' responses, in order."""
         rewards: Tensor = self.engine(*pack_tensors(Pack.from_groups(groups), self.device))
         return rewards
 
     def loss(self, rewards: Tensor, groups: Sequence[PreferenceGroup]) -> tuple[Tensor, Tensor]:
-        """Summed loss of a micro-batch and [loss, pairs ranked right, margins], summed, fp64.
+        """Return a micro-batch's summed loss, and fp64 sums of [loss, correct pairs, margins].
 
-        A tie is half right; a pair whose label is a half has no winner and counts in the loss
-        alone, as in an evaluation. Without groups (another rank has more of them) the loss is 0 and
+        Equal rewards count as half correct. A pair with label 0.5 has no winner and counts in the
+        loss only, as in an evaluation. Without groups (an empty micro-batch) the loss is 0 and
         keeps the graph.
         """
         if not groups:
@@ -276,13 +267,13 @@ class Rank:
         return loss, torch.stack([loss.detach(), right.sum(), margins.sum()]).double()
 
     def comparisons(self, group: PreferenceGroup) -> int:
-        """What the objective sums over in a group: its pairs, or its choices."""
+        """Return the number of terms of the objective in a group: its pairs, or its choices."""
         return group.choices if self.config.loss.ranks else group.pairs
 
     def weight(self, group: PreferenceGroup) -> float:
-        """What a group counts for in its step, and its comparisons together.
+        """Return the total weight of a group's comparisons in its step.
 
-        Weighted by prompt, a part of one counts for its share of the prompt's comparisons.
+        With weighting "prompt" a prompt weighs 1; a part of one weighs its share of comparisons.
         """
         if self.config.loss.weighting == "pair":
             return self.comparisons(group)
@@ -291,14 +282,17 @@ class Rank:
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Score the held-out groups with all ranks, and add the figures to the step's."""
+        """Score the held-out groups on all ranks, and add the metrics to the step's history."""
         self.engine.eval()
         assert self.held_out is not None
         groups = [self.held_out[i] for i in range(len(self.held_out))]
         pieces = self.cut([group.tokens for group in groups])
         rewards = self.score(pieces, self.share([piece.tokens for piece in pieces])).cpu().numpy()
         by_groups = by_group(rewards, [len(group.tokens.suffixes) for group in groups])
-        scored = [*map(scored_group, groups, by_groups)]
+        scored = [
+            scored_group(group, group_rewards)
+            for group, group_rewards in zip(groups, by_groups, strict=True)
+        ]
         figures = summarize(scored)
         for key in ("accuracy", "margin"):
             self.history[-1][f"eval_{key}"] = figures[key]
@@ -309,26 +303,31 @@ class Rank:
     def held_out_loss(
         self, groups: Sequence[PreferenceGroup], scored: Sequence[ScoredGroup]
     ) -> float | None:
-        """The objective that is trained, in fp64, over the groups whose responses have rewards.
+        """Return the mean of the trained objective, in fp64, over groups whose rewards are finite.
 
-        As in the figures beside it, of pairs that have a winner; and of ties, where it uses them.
+        Like the other held-out metrics, over pairs that have a winner; also over ties if the
+        objective uses them. None if no group is left.
         """
-        compared = [(group.decided(), of.rewards) for group, of in zip(groups, scored, strict=True)]
-        known = [(g, rewards) for g, rewards in compared if g.pairs and np.isfinite(rewards).all()]
-        if not known:
+        compared: list[PreferenceGroup] = []
+        rewards: list[NDArray[np.floating]] = []
+        for group, result in zip(groups, scored, strict=True):
+            decided = group.decided()
+            if decided.pairs and np.isfinite(result.rewards).all():
+                compared.append(decided)
+                rewards.append(result.rewards)
+        if not compared:
             return None
-        rewards = torch.from_numpy(np.concatenate([rewards for _, rewards in known]))
-        loss, _ = self.loss(rewards.double(), [group for group, _ in known])
-        return float(loss) / sum(self.weight(group) for group, _ in known)
+        loss, _ = self.loss(torch.from_numpy(np.concatenate(rewards)).double(), compared)
+        return float(loss) / sum(self.weight(group) for group in compared)
 
     def due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
     def save(self) -> None:
-        """Write this rank's shards, to be uploaded while the steps go on; all ranks meet here.
+        """Write this rank's shards and upload them while training continues; every rank must call.
 
-        Ray Train counts a checkpoint when every rank has uploaded, and resumes from the last that
-        counts. One upload at a time: the next waits here until the one before counts.
+        Ray Train commits a checkpoint once every rank has uploaded, and resumes from the last
+        committed one. Waits for the previous upload, so that only one runs at a time.
         """
         started = time.perf_counter()
         get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
@@ -336,7 +335,7 @@ class Rank:
         storage = get_context().get_storage()
         place = storage.build_checkpoint_path_from_name(name)
         directory = shard_directory(storage.experiment_fs_path, self.rank)
-        # Both may hold what was written up to a kill, by another number of workers perhaps.
+        # Both may hold files of a killed attempt, perhaps with another number of workers.
         shutil.rmtree(directory, ignore_errors=True)
         if self.rank == 0:
             storage.storage_filesystem.delete_dir_contents(place, missing_dir_ok=True)
@@ -351,53 +350,45 @@ class Rank:
             self.metrics.checkpoint(time.perf_counter() - started, self.step)
 
     def state(self) -> Figures:
-        """What a checkpoint holds beside weights and optimizer: how far the run is, and on what."""
-        return {
-            "step": self.step,
-            "history": self.history,
-            "data_fingerprint": self.train.fingerprint,
-            "text_to_ids": self.train.text_to_ids,
-            "groups": len(self.train),
-            "frozen_sha256": self.frozen_sha256,
-        }
+        """Return what a checkpoint holds next to the shards: progress and hashes of its inputs."""
+        return {"step": self.step, "history": self.history, **asdict(self.inputs)}
 
     def stop_at_bad_rows(self, scored: Sequence[tuple[list[str], Tensor]]) -> None:
         """Raise the same TrainingError on every rank, naming step, ranks and rows."""
-        found: dict[str, None] = {}
+        bad: list[str] = []
         for rows, rewards in scored:
-            # Without rows the reward is of a row that stands in for a micro-batch.
+            # An empty micro-batch has no rows, but the reward of a row that stands in.
             finite = rewards[: len(rows)].isfinite().tolist()
-            found |= {row: None for row, known in zip(rows, finite, strict=True) if not known}
-        bad = list(found)
-        everyone: list[list[str]] = [[]] * self.world_size
-        dist.all_gather_object(everyone, bad)
-        where = "; ".join(f"rank {r}: {', '.join(rows)}" for r, rows in enumerate(everyone) if rows)
+            bad += [row for row, is_finite in zip(rows, finite, strict=True) if not is_finite]
+        bad_by_rank: list[list[str]] = [[]] * self.world_size
+        dist.all_gather_object(bad_by_rank, list(dict.fromkeys(bad)))
+        where = [f"rank {r}: {', '.join(rows)}" for r, rows in enumerate(bad_by_rank) if rows]
         raise TrainingError(
             f"step {self.step + 1}: the loss is not finite; rewards of these rows are NaN or "
-            f"infinite: {where or 'none, so a margin or label is'}"
+            f"infinite: {'; '.join(where) or 'none, so a margin or label is'}"
         )
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some of a group's responses, and where among those of all groups the first of them is."""
+    """Some responses of a group; start: index of the first among the responses of all groups."""
 
     tokens: TokenGroup
     start: int
 
 
 def places(pieces: Sequence[Piece]) -> list[int]:
-    """Where among those of all groups the pieces' responses are."""
+    """Return the indices of the pieces' responses among the responses of all groups."""
     return [p.start + i for p in pieces for i in range(len(p.tokens.suffixes))]
 
 
 def one_row(groups: Sequence[PreferenceGroup]) -> list[TokenGroup]:
-    """What a rank computes for nothing where the others have one more micro-batch."""
+    """Return a row that stands in for the groups of an empty micro-batch."""
     return [groups[0].tokens.part(range(1))]
 
 
 def sources(groups: Sequence[PreferenceGroup]) -> list[str]:
-    """Where each response comes from."""
+    """Return the source of each response."""
     return [group.source for group in groups for _ in group.tokens.suffixes]
 
 
@@ -406,7 +397,7 @@ def seed_of(*numbers: int) -> int:
 
 
 def shard_directory(run: str, rank: int) -> Path:
-    """Where a rank of a run writes its shards on its node: the same place after a kill."""
+    """Return where a rank writes its shards on its node; the same directory after a restart."""
     name = hashlib.sha256(run.encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"rayrm-{name}-rank{rank}"
 
@@ -414,31 +405,35 @@ def shard_directory(run: str, rank: int) -> Path:
 def collate_pairs(
     groups: Sequence[PreferenceGroup], weights: Sequence[float], device: torch.device
 ) -> Pairs:
-    """The pairs of several groups, indexing the rewards of all of them; weights are by group."""
-    starts = np.cumsum([0, *(len(group.tokens.suffixes) for group in groups)])
-    choices = np.cumsum([0, *(group.choices for group in groups)])
+    """Return the pairs of all groups, indexing their concatenated rewards; one weight per group."""
+    # The numbers of responses and of choices in the groups before each group.
+    responses = np.cumsum([0, *(len(group.tokens.suffixes) for group in groups)])[:-1]
+    choices = np.cumsum([0, *(group.choices for group in groups)])[:-1]
     counts = [group.pairs for group in groups]
-    columns = (
-        np.concatenate([g.chosen + start for g, start in zip(groups, starts[:-1], strict=True)]),
-        np.concatenate([g.rejected + start for g, start in zip(groups, starts[:-1], strict=True)]),
-        np.concatenate([g.margin for g in groups]),
-        np.concatenate([g.label for g in groups]),
-        np.concatenate([g.choice + start for g, start in zip(groups, choices[:-1], strict=True)]),
-        np.repeat(np.array(weights, dtype=np.float32), counts),
-        np.concatenate([g.tie for g in groups]),
-    )
-    return Pairs(*(torch.from_numpy(column).to(device) for column in columns))
+    columns: dict[str, NDArray[Any]] = {
+        "chosen": np.concatenate([g.chosen + n for g, n in zip(groups, responses, strict=True)]),
+        "rejected": np.concatenate(
+            [g.rejected + n for g, n in zip(groups, responses, strict=True)]
+        ),
+        "margin": np.concatenate([g.margin for g in groups]),
+        "label": np.concatenate([g.label for g in groups]),
+        "choice": np.concatenate([g.choice + n for g, n in zip(groups, choices, strict=True)]),
+        "weight": np.repeat(np.array(weights, dtype=np.float32), counts),
+        "tie": np.concatenate([g.tie for g in groups]),
+    }
+    tensors = {name: torch.from_numpy(column).to(device) for name, column in columns.items()}
+    return Pairs(**tensors)
 
 
 def scored_group(group: PreferenceGroup, rewards: NDArray[np.floating]) -> ScoredGroup:
     lengths = np.array([len(suffix) for suffix in group.tokens.suffixes], dtype=np.float64)
-    pairs = np.stack([group.chosen, group.rejected], axis=1)
-    rewards = equal_for_equals(group.tokens.rows, rewards)
-    return ScoredGroup(rewards, lengths, pairs, group.label, group.subset)
+    rows = group.tokens.rows
+    pairs = group.chosen, group.rejected
+    return ScoredGroup.of(rows, rewards, lengths, *pairs, group.label, group.subset)
 
 
 def learning_rate(train: TrainSection, step: int, steps: int) -> float:
-    """The rate of optimizer step `step` (from 0) of `steps`, as transformers' schedules give it."""
+    """Return the learning rate of step `step` (from 0) of `steps`, as transformers computes it."""
     if step < train.warmup_steps:
         return train.learning_rate * step / train.warmup_steps
     if train.schedule == "constant":

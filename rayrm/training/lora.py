@@ -1,8 +1,8 @@
-"""LoRA by peft: adapters into the backbone, adapters merged into the weights.
+"""Add LoRA adapters to a backbone with peft, export them, and merge them into the weights.
 
-Adapters are put into the backbone in place, so that attention, gradient checkpointing and ZeRO see
-the model they know, and the head stays the one module it is: peft's own wrapper would train a copy
-of it. Knows nothing of how adapters are trained; peft is imported only where one is asked for.
+Adapters are injected into the backbone in place. So attention, gradient checkpointing and ZeRO see
+the usual model, and the head stays one module: peft's own wrapper would train a copy of it. Does
+not know how adapters are trained. peft is imported only when adapters are used.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rayrm.errors import ConfigError, TrainingError
+from rayrm.errors import ConfigError
 from rayrm.model.adapters import save_adapter
 from rayrm.model.export import AdapterRecord
 from rayrm.training.config import LoraSection
@@ -25,9 +25,9 @@ ALL_LINEAR = "all-linear"
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraSection, seed: int) -> None:
-    """Freeze the backbone and put adapters into it, drawn by the seed; they begin as 0.
+    """Freeze the backbone and inject adapters drawn from the seed, which initially add 0.
 
-    The head stays trainable. Raises ConfigError where a target names no linear layer.
+    The head stays trainable. Raises ConfigError if a target names no linear layer.
     """
     from peft import inject_adapter_in_model
 
@@ -43,7 +43,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraSection, seed: int) -> None:
 def peft_config(
     model: PreTrainedModel, lora: LoraSection, targets: str | list[str], **more: Any
 ) -> Any:
-    """peft's LoraConfig."""
+    """Return peft's LoraConfig for these targets."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -51,7 +51,7 @@ def peft_config(
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes floats too
         lora_dropout=lora.dropout,
         target_modules=targets,
-        fan_in_fan_out=model.config.model_type == "gpt2",  # its weights are transposed
+        fan_in_fan_out=model.config.model_type == "gpt2",  # GPT-2's weights are transposed
         **more,
     )
 
@@ -59,7 +59,7 @@ def peft_config(
 def export_adapter(
     model: PreTrainedModel, lora: LoraSection, base: str, dtype: torch.dtype, directory: Path
 ) -> AdapterRecord:
-    """Write the adapter and the head by themselves, as peft does and loads them onto the base."""
+    """Write the adapter and the head in the files that peft loads onto the base."""
     from peft.tuners.lora import LoraLayer
 
     layers = [name for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
@@ -73,20 +73,20 @@ def export_adapter(
 
 
 def check_targets(model: PreTrainedModel, targets: list[str]) -> None:
-    """Raises ConfigError where a target ends the name of no linear layer of the backbone."""
+    """Raise ConfigError if a target is the end of no linear layer's name in the backbone."""
     layers = [n for n, m in model.base_model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
     unknown = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in layers)]
     if unknown:
         known = sorted({name.rpartition(".")[2] for name in layers})
         raise ConfigError(
-            f"lora.targets: no linear layer is named {', '.join(unknown)}; there are "
-            f"{', '.join(known)}, and {ALL_LINEAR} alone stands for all of them"
+            f"lora.targets: no linear layer is named {', '.join(unknown)}; the model has "
+            f"{', '.join(known)}; {ALL_LINEAR} alone selects all of them"
         )
 
 
 @torch.no_grad()
 def merge_adapters(model: PreTrainedModel) -> None:
-    """W + alpha/rank · B·A in place of every adapted layer, in the dtype that the weights have."""
+    """Replace every adapted layer by W + alpha/rank · B·A, in the dtype of the weights."""
     from peft.tuners.lora import LoraLayer
 
     adapted = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
@@ -96,20 +96,10 @@ def merge_adapters(model: PreTrainedModel) -> None:
 
 
 def hash_frozen(model: nn.Module) -> str:
-    """sha256 over the weights that are not trained, which checkpoints do not hold."""
+    """Return the sha256 of the frozen weights, which checkpoints do not hold."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
             digest.update(name.encode())
             digest.update(weight.detach().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def check_frozen(found: str, recorded: str, path: str) -> None:
-    """Raises TrainingError where a run's frozen weights are not those that it was started with."""
-    if found != recorded:
-        raise TrainingError(
-            f"the weights of {path} are not those that the run was started with (sha256 "
-            f"{found[:12]}…, then {recorded[:12]}…), and its adapters fit no others: put them "
-            "back, or start under another name"
-        )

@@ -1,7 +1,6 @@
 """Show a progress bar on the driver for steps that workers take elsewhere in the cluster.
 
-Workers report to an actor, which a thread of the driver polls. Knows nothing of what a step
-is.
+Workers report to an actor, which a thread of the driver polls. Does not know what a step is.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from tqdm.auto import tqdm
 
 
 class RunProgress:
-    """How far a run is. A Ray actor."""
+    """A Ray actor that holds the progress of a run."""
 
     def __init__(self) -> None:
         self.latest: tuple[int, int, str] = (0, 0, "")
@@ -32,20 +31,21 @@ class RunProgress:
 
 @contextmanager
 def progress_bar(description: str) -> Iterator[Any]:
-    """Yields the actor whose steps are shown until the block is left.
+    """Show a progress bar while the block runs; yields the actor that workers report to.
 
-    It lives where the driver does, since a worker's node may be lost, and is restarted if it dies.
+    The actor runs on the driver's node, since a worker's node may be lost. It is restarted if it
+    dies.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
     steps: Any = ray.remote(RunProgress).options(**options, scheduling_strategy=here).remote()
-    # In a log a bar is a line each time, so it moves less often there.
+    # In a log file every update is a new line, so update less often.
     bar = tqdm(desc=description, unit="step", mininterval=1 if sys.stderr.isatty() else 15)
-    left = threading.Event()
+    finished = threading.Event()
 
     def follow() -> None:
         while True:
-            stop = left.wait(1.0)
+            stop = finished.wait(1.0)
             bar.n, bar.total, note = ray.get(steps.get.remote())
             bar.set_postfix_str(note, refresh=False)
             bar.update(0)
@@ -57,7 +57,7 @@ def progress_bar(description: str) -> Iterator[Any]:
     try:
         yield steps
     finally:
-        left.set()
+        finished.set()
         thread.join()
         bar.refresh()
         bar.close()

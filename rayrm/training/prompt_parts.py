@@ -1,7 +1,7 @@
-"""A prompt's preferences → parts of bounded size, of which an optimizer step takes whole ones.
+"""Split a prompt's pairs into parts of bounded size; an optimizer step takes whole parts.
 
-Pure planning over which responses are compared: knows nothing of tokens, text, losses or ranks, so
-that the parts are a function of data and config alone.
+Plans only by which responses are compared. Does not know about tokens, text, losses or ranks, so
+that the parts depend on data and config only.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ Ints = NDArray[np.int64]
 
 
 def split_pairs(chosen: Ints, rejected: Ints, atoms: Ints, limit: int | None) -> list[Ints]:
-    """Pairs [N], chosen over rejected response, as indices in parts of at most `limit` pairs.
+    """Split pairs into parts of at most `limit` pairs, and return the pair indices of each part.
 
-    Up to the limit (None: without one) all are one part. Above it no response is in two parts,
-    unless the pairs that connect it are more than the limit by themselves: these are cut so that
-    few responses are in several parts. Pairs of one atom [N] stay together whatever the limit.
+    chosen, rejected [N]: the responses of each pair. atoms [N]: pairs with the same atom stay
+    together, even above the limit. Up to the limit (None: no limit) all pairs are one part. Above
+    it, parts share no response, except where more pairs than the limit are connected: these are
+    cut so that few responses are in several parts.
     """
     if limit is None or len(chosen) <= limit:
         return [np.arange(len(chosen))]
@@ -34,7 +35,7 @@ def split_pairs(chosen: Ints, rejected: Ints, atoms: Ints, limit: int | None) ->
 
 
 def connected(chosen: Ints, rejected: Ints) -> list[list[int]]:
-    """Pairs by the connected part of the comparisons that they are in, in order of first pairs."""
+    """Return the pair indices of each connected component of the comparisons, by first pair."""
     leader = {response: response for response in [*chosen.tolist(), *rejected.tolist()]}
 
     def find(response: int) -> int:
@@ -54,25 +55,25 @@ def connected(chosen: Ints, rejected: Ints) -> list[list[int]]:
 def _cut(
     pairs: list[int], chosen: Ints, rejected: Ints, atoms: Ints, limit: int
 ) -> list[list[int]]:
-    """Connected pairs in parts that grow by the atom that brings the fewest responses along.
+    """Split connected pairs into parts; each grows by the atom that adds the fewest responses.
 
-    Pairs up to the limit grow into one part.
+    Up to the limit, the pairs become one part.
     """
     members: dict[int, list[int]] = {}
     for pair in pairs:
         members.setdefault(int(atoms[pair]), []).append(pair)
     responses = {
-        atom: {*chosen[inside].tolist(), *rejected[inside].tolist()}
-        for atom, inside in members.items()
+        atom: {*chosen[indices].tolist(), *rejected[indices].tolist()}
+        for atom, indices in members.items()
     }
-    near: dict[int, list[int]] = {}
-    for atom, ends in responses.items():
-        for response in ends:
-            near.setdefault(response, []).append(atom)
-    left = dict.fromkeys(members)
+    atoms_of: dict[int, list[int]] = {}
+    for atom, in_atom in responses.items():
+        for response in in_atom:
+            atoms_of.setdefault(response, []).append(atom)
+    remaining = set(members)
     parts = []
     for seed in members:
-        if seed not in left:
+        if seed not in remaining:
             continue
         part: list[int] = []
         seen: set[int] = set()
@@ -80,16 +81,16 @@ def _cut(
         heap = [(0, seed)]
         while heap:
             _, atom = heappop(heap)
-            if atom not in left:
+            if atom not in remaining:
                 continue
             if part and len(part) + len(members[atom]) > limit:
                 break
-            del left[atom]
+            remaining.remove(atom)
             part += members[atom]
             for response in responses[atom] - seen:
                 seen.add(response)
-                for other in near[response]:
-                    if other in left:
+                for other in atoms_of[response]:
+                    if other in remaining:
                         unseen[other] = unseen.get(other, len(responses[other])) - 1
                         heappush(heap, (unseen[other], other))
         parts.append(part)

@@ -1,12 +1,13 @@
 """Read and write a run's config.json: its config, and what its first start decided.
 
-Knows where it lies and how it gets there whole; nothing of training.
+Does not know about training.
 """
 
 from __future__ import annotations
 
 import json
 from datetime import date
+from typing import Any
 
 from pyarrow import fs
 
@@ -16,19 +17,19 @@ NOTE = "config.json"
 
 
 def read_config(run: str) -> TrainConfig | None:
-    """The config that the run at a path or URI was started with; None where it was not yet.
+    """Return the config that the run at a path or URI was started with; None if it has none.
 
-    What it does not name, an older version's, has its default.
+    Fields that an older version did not write get their defaults.
     """
     filesystem, path = fs.FileSystem.from_uri(run)
     if filesystem.get_file_info(f"{path}/{NOTE}").type == fs.FileType.NotFound:
         return None
-    with filesystem.open_input_file(f"{path}/{NOTE}") as noted:
-        values = json.loads(noted.read())
-    # Runs that do not name these knew no other rule, and no parts of a prompt's pairs.
+    with filesystem.open_input_file(f"{path}/{NOTE}") as file:
+        values = json.loads(file.read())
+    # Older runs lack these fields: they used the template and did not split a prompt's pairs.
     values["data"].setdefault("rule", "template")
     values["train"].setdefault("pairs_per_group", None)
-    if values["loss"]["objective"] == "plackett_luce":  # which named settings of pairs, then
+    if values["loss"]["objective"] == "plackett_luce":  # older runs wrote settings of pairs too
         for name in ("centering", "label_smoothing"):
             values["loss"].pop(name, None)
     return TrainConfig(**values)
@@ -39,33 +40,32 @@ def write_config(config: TrainConfig, run: str) -> None:
     filesystem.create_dir(path, recursive=True)
     with filesystem.open_output_stream(f"{path}/.{NOTE}") as out:
         out.write(config.model_dump_json(indent=2).encode())
-    filesystem.move(f"{path}/.{NOTE}", f"{path}/{NOTE}")  # whole or not there
+    filesystem.move(f"{path}/.{NOTE}", f"{path}/{NOTE}")  # so that no partial file is ever read
 
 
 def as_decided(config: TrainConfig, noted: TrainConfig) -> TrainConfig:
-    """The config with what it leaves open as the run's first start decided it."""
+    """Return the config with its open fields set as the run's first start decided them (noted)."""
     if config.train.dtype == "auto":
         config = with_dtype(config, noted.train.dtype)
-    whole = noted.train.pairs_per_group is None
-    if whole and config.train.pairs_per_group == TrainSection().pairs_per_group:
+    never_split = noted.train.pairs_per_group is None
+    if never_split and config.train.pairs_per_group == TrainSection().pairs_per_group:
         train = config.train.model_copy(update={"pairs_per_group": None})
         config = config.model_copy(update={"train": train})
-    left_open = {"rule": "auto", "date": None}
-    decided = {
-        key: getattr(noted.data, key)
-        for key, value in left_open.items()
-        if getattr(config.data, key) == value
-    }
+    decided: dict[str, Any] = {}
+    if config.data.rule == "auto":
+        decided["rule"] = noted.data.rule
+    if config.data.date is None:
+        decided["date"] = noted.data.date
     return config.model_copy(update={"data": config.data.model_copy(update=decided)})
 
 
 def with_date(config: TrainConfig) -> TrainConfig:
-    """The config with the day that a chat template's clock shows: by default today."""
+    """Return the config with a date for the chat template's clock, by default today."""
     data = config.data.model_copy(update={"date": config.data.date or date.today()})
     return config.model_copy(update={"data": data})
 
 
 def with_dtype(config: TrainConfig, dtype: str) -> TrainConfig:
-    """The config with what it computes in decided."""
+    """Return the config with this train.dtype."""
     train = config.train.model_copy(update={"dtype": dtype})
     return config.model_copy(update={"train": train})

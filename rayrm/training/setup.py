@@ -1,6 +1,6 @@
-"""What a rank starts with: the base model and its head, encoded data, the DeepSpeed engine.
+"""Set up a rank: the base model and its head, the encoded data, and the DeepSpeed engine.
 
-Knows nothing of steps.
+Does not know about training steps.
 """
 
 from __future__ import annotations
@@ -37,33 +37,40 @@ from rayrm.training.run import read_config, with_dtype, write_config
 
 log = logging.getLogger(__name__)
 
-# Elements. DeepSpeed's default of 5e8 is a buffer of 2 GB for every rank, however small the model.
+# Elements. DeepSpeed's default of 5e8 takes 2 GB on every rank, even for a small model.
 BUCKET = 50_000_000
 
 
 def decide_dtype(config: TrainConfig, rank: int) -> TrainConfig:
-    """The config with what all ranks compute in: what the run's note says, or rank 0 decides."""
+    """Return the config with the dtype that all ranks compute in.
+
+    If the config says auto, it is the dtype recorded for the run. If none is recorded, rank 0
+    decides by its hardware and records it.
+    """
     device = "cuda" if config.cluster.gpus_per_worker else "cpu"
-    told: list[Any] = [config.train.dtype]
-    if told == ["auto"]:
+    choice: Any = config.train.dtype
+    if choice == "auto":
         if rank == 0:
             run = f"{config.storage}/{config.name}"
-            noted = read_config(run)
-            told = [noted.train.dtype if noted else "auto"]
-            if told == ["auto"]:
-                told = [fast_dtype(device)]
-                if noted:
-                    write_config(with_dtype(noted, told[0]), run)
-        dist.broadcast_object_list(told)
-    dtype = choose_dtype(told[0], device)
+            recorded = read_config(run)
+            if recorded:
+                choice = recorded.train.dtype
+            if choice == "auto":
+                choice = fast_dtype(device)
+                if recorded:
+                    write_config(with_dtype(recorded, choice), run)
+        from_rank_0 = [choice]
+        dist.broadcast_object_list(from_rank_0)
+        choice = from_rank_0[0]
+    dtype = choose_dtype(choice, device)
     if rank == 0:
         log.info("%s computes in %s", config.name, dtype)
     return with_dtype(config, dtype)
 
 
 def load_model(config: TrainConfig) -> tuple[PreTrainedModel, Template]:
-    """The base model with its head and adapters, and the template its rows are built by."""
-    model, tokenizer, made_by = load_base(
+    """Load the base model with its head and adapters, and the template that builds its rows."""
+    model, tokenizer, fingerprint = load_base(
         config.model.path,
         seed=config.train.seed,
         dropout=config.model.dropout,
@@ -87,13 +94,13 @@ def load_model(config: TrainConfig) -> tuple[PreTrainedModel, Template]:
         rewrites = form == "chat" and ChatTemplate(tokenizer, ends).rewrites
         rule = "continue" if rewrites else "template"
     spec = TemplateSpec(
-        form,
-        config.data.separator,
-        config.data.max_length,
-        made_by,
-        rule,
-        config.data.thoughts,
-        ends,
+        format=form,
+        separator=config.data.separator,
+        max_length=config.data.max_length,
+        fingerprint=fingerprint,
+        rule=rule,
+        thoughts=config.data.thoughts,
+        ends=ends,
     )
     return model, Template(tokenizer, spec)
 
@@ -101,14 +108,14 @@ def load_model(config: TrainConfig) -> tuple[PreTrainedModel, Template]:
 def load_data(
     config: TrainConfig, template: Template
 ) -> tuple[PreferenceData, PreferenceData | None]:
-    """Training and held-out groups as ids; each node's first rank encodes, the others read."""
+    """Return training and held-out groups as ids; a node's first rank encodes for all its ranks."""
     if get_context().get_local_rank() > 0:
         dist.barrier()
-    data = config.data
+    data, loss = config.data, config.loss
     encoded = []
     for paths, split in ((data.train, "train"), (data.eval, "test")):
         if paths:
-            loss, training = config.loss, split == "train"
+            training = split == "train"
             groups, read = read_groups(
                 paths, split=split, on_bad_record=data.on_bad_record, ties=loss.uses_ties
             )
@@ -132,48 +139,50 @@ def load_data(
     held_out = encoded[1] if data.eval else None
     if held_out and held_out.undecided and config.train.keep_best:
         raise DataError(
-            f"{', '.join(data.eval)}: no held-out pair has a winner (every label is 0.5), so there "
-            f"is no {config.train.keep_best} for train.keep_best: leave it out, or name other data"
+            f"{', '.join(data.eval)}: no held-out pair has a winner (every label is 0.5), so "
+            f"train.keep_best = {config.train.keep_best!r} cannot be computed: remove it, or give "
+            "other data in data.eval"
         )
     return encoded[0], held_out
 
 
 def check_ids(data: Sequence[PreferenceData | None], model: PreTrainedModel, path: str) -> None:
-    """Raises ModelError where encoded rows hold ids that the model has no embedding for."""
-    largest, there = max(d.largest_id for d in data if d), model.config.vocab_size
-    if largest >= there:
+    """Raise ModelError if encoded rows hold ids that the model has no embedding for."""
+    largest = max(d.largest_id for d in data if d)
+    embeddings = model.config.vocab_size
+    if largest >= embeddings:
         raise ModelError(
-            f"the data, as the tokenizer of {path} encodes it, holds token id {largest}; the model "
-            f"has embeddings for {there} tokens: use the tokenizer that it was trained with"
+            f"the tokenizer of {path} encodes the data with token id {largest}; the model has "
+            f"embeddings for {embeddings} tokens: use the tokenizer that it was trained with"
         )
 
 
 def check_ranked(groups: Sequence[Group], limit: int | None) -> None:
-    """Raises DataError where a preference is more than an order, which is all a ranking has.
+    """Raise DataError if a preference has a margin or label, since a ranking is only an order.
 
-    And where a choice has more pairs than a group may have, since it cannot be split.
+    Also if a choice has more pairs than `limit`, since a choice cannot be split over groups.
     """
     for group in groups:
         pairs = max(Counter(p.choice for p in group.preferences).values())
         if limit is not None and pairs > limit:
             raise DataError(
                 f"{group.source}: a record of this prompt ranks a response above {pairs} others, "
-                f"and train.pairs_per_group is {limit}: a choice of loss.objective = "
-                f"'plackett_luce' cannot be split; set it to {pairs} or more"
+                f"and train.pairs_per_group is {limit}: loss.objective = 'plackett_luce' cannot "
+                f"split this; set train.pairs_per_group to {pairs} or more"
             )
         for preference in group.preferences:
             if preference.margin != 0.0 or preference.label != 1.0:
                 raise DataError(
                     f"{group.source}: a record of this prompt has margin {preference.margin:g} and "
-                    f"label {preference.label:g}, which loss.objective = 'plackett_luce' has no "
-                    "use for: remove the columns, or train with bradley_terry"
+                    f"label {preference.label:g}, which loss.objective = 'plackett_luce' does not "
+                    "use: remove the columns, or train with bradley_terry"
                 )
 
 
 def start_engine(config: TrainConfig, model: PreTrainedModel) -> deepspeed.DeepSpeedEngine:
-    """DeepSpeed around the model: fp32 weights and optimizer state, autocast inside the forward.
+    """Wrap the model in DeepSpeed: fp32 weights and optimizer state, autocast inside the forward.
 
-    DeepSpeed's own bf16 mode would cast the head to bf16, whose spacing is 0.0625 at 8.
+    DeepSpeed's own bf16 mode would cast the head to bf16, whose values are 0.0625 apart at 8.
     """
     train = config.train
     autocast = torch.bfloat16 if train.dtype == "bfloat16" else None
@@ -203,8 +212,8 @@ def start_engine(config: TrainConfig, model: PreTrainedModel) -> deepspeed.DeepS
         "zero_force_ds_cpu_optimizer": False,
     }
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # Used by inference alone, yet compiled at start: a worker killed meanwhile leaves a lock behind
-    # on which every later run would wait for ever.
+    # Only inference uses it, but DeepSpeed compiles it at start. A worker killed meanwhile would
+    # leave a lock that blocks every later run.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
         model=RewardNet(model, autocast),
@@ -215,7 +224,7 @@ def start_engine(config: TrainConfig, model: PreTrainedModel) -> deepspeed.DeepS
 
 
 def merge(settings: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """overrides into settings, section by section."""
+    """Return settings with overrides merged in, section by section."""
     merged = dict(settings)
     for key, value in overrides.items():
         inner = merged.get(key)

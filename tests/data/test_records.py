@@ -550,7 +550,7 @@ def test_a_directory_of_several_splits_gives_the_one_asked_for(tmp_path: Path) -
 
 def test_a_missing_split_of_a_saved_dataset_lists_those_it_has(tmp_path: Path) -> None:
     path = _saved_splits(tmp_path, RECORDS)
-    with pytest.raises(DataError, match=r"no split 'dev' in it; it has test, train"):
+    with pytest.raises(DataError, match=r"no split 'dev'; it has test, train"):
         read_groups(str(path), split="dev")
 
 
@@ -649,7 +649,7 @@ def test_a_missing_file_is_named_by_its_absolute_path(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"chosen,rejected", "unknown kind of file; known: .json, .jsonl"),
+        ("a.csv", b"chosen,rejected", "unknown file type; known: .json, .jsonl"),
         ("a.jsonl", b"", "no records"),
         ("a.json", b"[]", "no records"),
         ("a.json", b"[{]", "not valid JSON"),
@@ -668,7 +668,7 @@ def test_an_unreadable_file_is_named(
 
 
 def test_an_empty_directory_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=rf"{tmp_path}: no file of \.json"):
+    with pytest.raises(DataError, match=rf"{tmp_path}: no file of type \.json"):
         read_groups(str(tmp_path))
 
 
@@ -695,8 +695,8 @@ RANKED = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}
         ({"prompt": "p", "completion": "a"}, r"found: prompt, completion\); a record has chosen"),
         ({"chosen": "a"}, "found: chosen"),
         ({}, "found: none"),
-        (TEXT_PAIR | {"responses": ["a", "b"]}, "the columns tell no format"),
-        (RANKED | {"scores": [1, 2]}, "the columns tell no format"),
+        (TEXT_PAIR | {"responses": ["a", "b"]}, "the columns match no format"),
+        (RANKED | {"scores": [1, 2]}, "the columns match no format"),
         ([PAIR], "the record is a list, not an object"),
         (TEXT_PAIR | {"chosen": 3}, "`chosen` is a number; must be text or a list of messages"),
         (TEXT_PAIR | {"rejected": ["a", None]}, r"`rejected\[1\]` is missing"),
@@ -799,7 +799,7 @@ def test_a_bad_record_says_file_row_field_and_what_is_right(
 def test_a_line_that_is_not_json_is_a_bad_record_with_its_line_number(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(json.dumps(PAIR).encode() + b"\n\n{broken\n\xff\n")
-    with pytest.raises(DataError, match=r"a\.jsonl, row 3: not valid JSON .*one object a line"):
+    with pytest.raises(DataError, match=r"a\.jsonl, row 3: not valid JSON .*one object per line"):
         read_groups(str(path))
     _, report = read_groups(str(path), on_bad_record="skip")
     assert ["row 3" in report.bad[0], "row 4" in report.bad[1]] == [True, True]

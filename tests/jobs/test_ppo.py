@@ -31,6 +31,7 @@ from jobs.ppo import (
 )
 from rayrm.data.sample import questions
 from rayrm.model.engine import RewardModel
+from rayrm.model.hardware import fast_dtype
 from rayrm.rows import Rewards
 from rayrm.serving.config import ServeConfig
 from rayrm.serving.operations import deploy
@@ -219,9 +220,10 @@ def test_a_run_goes_on_through_a_killed_replica_and_a_new_version(
     runs: list[dict[str, Any]] = []
     steps = 6
     while not runs or disturbing.is_alive():
-        runs.append(train(Settings(**{**vars(settings), "steps": steps, "seed": len(runs)})))
-    runs.append(train(Settings(**{**vars(settings), "steps": steps, "seed": len(runs)})))
+        runs.append(train(replace(settings, dtype="auto", steps=steps, seed=len(runs))))
+    runs.append(train(replace(settings, dtype="auto", steps=steps, seed=len(runs))))
     for run in runs:
+        assert run["settings"]["dtype"] == fast_dtype("cpu")
         assert len(run["history"]) == steps
         assert all(
             math.isfinite(h["reward"]) and h["waited"] < h["seconds"] for h in run["history"]

@@ -153,12 +153,12 @@ def test_without_a_chat_template_rows_are_text(tmp_path: Path) -> None:
     decoded = [model.template.tokenizer.decode(row[0]) for row in ids_of(model)]
     assert decoded[1] == "Hi\nParis<|im_end|>"
     said = warned(tmp_path)
-    assert "for want of a chat template" in said and "'<|im_end|>'" in said
+    assert "has no chat template" in said and "'<|im_end|>'" in said
 
 
 def test_a_template_that_ends_where_it_should_is_not_called_doubtful(tmp_path: Path) -> None:
     make_foreign(tmp_path, template=CHATML.replace("<|im_end|>\n", "<|im_end|>"))
-    assert "only its makers know" not in warned(tmp_path)
+    assert "only the model's makers know" not in warned(tmp_path)
 
 
 def test_the_bias_of_a_head_is_part_of_the_reward(tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "own code": (
         lambda d: edit_config(d, auto_map={"AutoModelForSequenceClassification": "rm.MyRM"}),
         ModelError,
-        r"code of its own \(rm\.MyRM\)",
+        r"custom code \(rm\.MyRM\)",
     ),
     "unknown type": (lambda d: edit_config(d, model_type="mine"), ModelError, "config that can"),
     "an encoder": (lambda d: edit_config(d, model_type="bert"), ModelError, "'bert'.*causal"),

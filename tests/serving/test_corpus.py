@@ -27,6 +27,7 @@ from rayrm.data.sources import open_sources
 from rayrm.errors import DataError, ServiceError
 from rayrm.files import whole_file
 from rayrm.model.engine import RewardModel
+from rayrm.model.export import read_export
 from rayrm.serving import corpus
 from rayrm.serving.config import ServeConfig
 from rayrm.serving.corpus import (
@@ -48,7 +49,8 @@ Records = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def replicas(cluster: None, tiny_export: Path) -> Iterator[list[Any]]:
-    with _scorers(ServeConfig(export=str(tiny_export), dtype="float32", replicas=2), 2) as actors:
+    config = ServeConfig(export=str(tiny_export), dtype="float32", replicas=2)
+    with _scorers(config, read_export(tiny_export)[1].version, 2) as actors:
         yield actors
 
 
@@ -129,7 +131,7 @@ def test_bad_rows_are_carried_through_with_their_errors(
             '{"prompt": "Name a fruit.", "response": "Plum.", "tools": [1]}',
             "`tools` is a list; must",
         ),
-        ('{"prompt": "Name a fruit."}', "has none, or too many, of: prompt and response"),
+        ('{"prompt": "Name a fruit."}', "must have exactly one of: prompt and response"),
         ('{"question": "Name a fruit.", "response": "Plum."}', "`question` would be lost"),
         ('{"prompt": "half \\ud83d", "response": "Plum."}', "lone surrogate"),
         ('{"prompt": "Name', "row 9: not valid JSON"),
@@ -488,7 +490,11 @@ def test_a_job_that_rewards_no_row_fails(
         (rows(2), "there.jsonl", "exists"),
         ([], "out.jsonl", "no rows"),
         ([{**rows(1)[0], "reward": 1}], "out.jsonl", "row 1: has a column `reward` already"),
-        ([{**rows(1)[0], "x": x} for x in (1, "a")], "out.parquet", "column `x` has no one type"),
+        (
+            [{**rows(1)[0], "x": x} for x in (1, "a")],
+            "out.parquet",
+            "column `x` has no single type",
+        ),
         (
             [{**r, "x": x} for r, x in zip(rows(9), [1] * 8 + ["a"], strict=True)],
             "out.parquet",
@@ -583,8 +589,8 @@ def test_a_record_tells_its_prompt_and_responses() -> None:
     assert sampled.responses[0] == "b" and isinstance(sampled.responses[1], DataError)
     turn = {"role": "assistant", "content": "b"}
     for record, message in (
-        ({"prompt": "a", "messages": [turn]}, "none, or too many"),
-        ({"prompt": "a", "response": "b", "responses": ["b"]}, "none, or too many"),
+        ({"prompt": "a", "messages": [turn]}, "exactly one of"),
+        ({"prompt": "a", "response": "b", "responses": ["b"]}, "exactly one of"),
         ({"messages": "b"}, "`messages` is text"),
         ({"messages": [{"role": "user"}]}, r"`messages\[0\].content` is missing"),
         ({"prompt": 3, "response": "b"}, "`prompt` is a number"),

@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -32,6 +33,7 @@ from rayrm.errors import (
     VersionGone,
 )
 from rayrm.model.engine import RewardModel
+from rayrm.model.export import RECORD, read_identity
 from rayrm.serving.application import build
 from rayrm.serving.client import RewardClient
 from rayrm.serving.config import ServeConfig
@@ -254,6 +256,7 @@ def test_openrlhf_gets_the_reward_of_prompt_and_response(
     prompts = [form(prompt) for prompt in PROMPTS]
     ends = ["<|im_end|>", "", "<|im_end|>\n", "<|im_end|>"]
     query = [p + r + end for p, r, end in zip(prompts, RESPONSES, ends, strict=True)]
+    query[0] = f"<|pad|><|pad|>{query[0]}"
     request = {"query": query, "prompts": prompts, "labels": ["", None, "x", "y"]}
     status, answer = ask(port, "/get_reward", request)
     expected = local.score(PROMPTS, RESPONSES, finished=[bool(end) for end in ends])
@@ -432,7 +435,31 @@ def test_openrlhf_is_scored_by_the_canary_where_its_address_is_drawn(
     )
 
 
-def test_http_gives_up_on_a_version_that_no_replica_has(port: int, tiny_export: Path) -> None:
+def rename(export: Path, name: str) -> None:
+    """Another name, and so another version, of the same rewards."""
+    record = export / RECORD
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"name": name}))
+
+
+def test_queries_are_not_built_by_the_changed_template_of_a_served_export(
+    port: int, other_export: Path, tmp_path: Path
+) -> None:
+    changed = Path(shutil.copytree(other_export, tmp_path / "changed"))
+    rename(changed, "changed")
+    try:
+        version = try_out("web", str(changed), 1.0).version
+        template = changed / "chat_template.jinja"
+        template.write_text(template.read_text().replace("m['content']", "m['content'] | upper"))
+        status, answer = openrlhf(port)
+        assert status == 503 and f"not {version}, which was deployed" in answer["message"]
+        assert ask(port, "/score", rows(PROMPTS, RESPONSES))[1]["versions"] == [version] * 4
+    finally:
+        rollback("web")
+
+
+def test_http_gives_up_on_a_version_that_no_replica_has(
+    port: int, tiny_export: Path, tmp_path: Path
+) -> None:
     """It asks a few times, with growing pauses, and then says 410."""
 
     def refused() -> int:
@@ -441,11 +468,14 @@ def test_http_gives_up_on_a_version_that_no_replica_has(port: int, tiny_export: 
 
     record, before = read_record("web"), refused()
     assert record is not None
-    gone = Served(export=str(tiny_export), version="gone@1")
+    export = Path(shutil.copytree(tiny_export, tmp_path / "gone"))
+    rename(export, "gone")
+    (export / "model.safetensors").unlink()
+    gone = Served(export=str(export), version=read_identity(str(export))[1].version)
     change_record("web", lambda _: record.model_copy(update={"current": gone}))
     try:
         for answer in (openrlhf(port), ask(port, "/score", rows(["a"], ["b"]))):
-            assert answer[0] == 410 and "gone@1" in answer[1]["message"]
+            assert answer[0] == 410 and "gone@" in answer[1]["message"]
         assert 2 * 3 <= refused() - before <= 2 * 6
     finally:
         change_record("web", lambda _: record)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,8 +36,15 @@ def models_of(app: str, export: Path) -> Models:
     return Models(app, ServeConfig(export=str(export)), load, lambda *_: None)
 
 
-def old_name(export: Export) -> str:
-    (name,) = export.old_versions
+@pytest.fixture(params=["formats 1 and 2", "format 3"])
+def old_name(request: pytest.FixtureRequest) -> Callable[[Export], str]:
+    """The name of an export by an earlier format of rayrm.json."""
+
+    def name(export: Export) -> str:
+        of_format_3 = export.model_copy(update={"config_sha256": ""}).version
+        (of_format_2,) = export.old_versions - {of_format_3}
+        return of_format_3 if request.param == "format 3" else of_format_2
+
     return name
 
 
@@ -51,7 +58,10 @@ def write_old_record(app: str, export: Path, version: str) -> None:
 
 
 def test_a_record_goes_on_under_the_new_name(
-    app: str, tiny_export: Path, caplog: pytest.LogCaptureFixture
+    app: str,
+    tiny_export: Path,
+    old_name: Callable[[Export], str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     _, export = read_export(tiny_export)
     write_old_record(app, tiny_export, old_name(export))
@@ -65,7 +75,7 @@ def test_a_record_goes_on_under_the_new_name(
 
 
 def test_a_record_of_other_weights_does_not(
-    app: str, tiny_export: Path, other_export: Path
+    app: str, tiny_export: Path, other_export: Path, old_name: Callable[[Export], str]
 ) -> None:
     write_old_record(app, tiny_export, old_name(read_export(other_export)[1]))
     with pytest.raises(ExportError, match="deploy it again"):
@@ -73,7 +83,7 @@ def test_a_record_of_other_weights_does_not(
 
 
 def test_a_corpus_that_was_begun_goes_on(
-    tiny_export: Path, other_export: Path, tmp_path: Path
+    tiny_export: Path, other_export: Path, old_name: Callable[[Export], str], tmp_path: Path
 ) -> None:
     source = write_lines(tmp_path / "rows.jsonl", '{"prompt": "p", "response": "r"}')
     corpus = Corpus.survey([str(source)], "train", 3, to_parquet=False)

@@ -27,6 +27,8 @@ from rayrm.serving.record import (
     change_record,
     delete_record,
     read_record,
+    renamed,
+    unstaged,
 )
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -214,6 +216,17 @@ def test_who_read_before_a_deletion_does_not_undo_it() -> None:
     assert found == [record(), None] and read_record(APP) is None
     change_record(APP, lambda _: record())
     assert read_record(APP) == record()
+
+
+def test_what_is_staged_is_known_by_its_deployment_whatever_its_version_is_called() -> None:
+    named_before = Served(export="/new", version="new@0")
+    staged = Staged(served=named_before, owner=this_caller(), id="1")
+    now = renamed(named_before, NEW)(record(staged=staged, previous=named_before))
+    assert now and now.staged and now.staged.served == now.previous == NEW
+    removed = unstaged(staged)(now)
+    assert removed and removed.staged is None
+    another = staged.model_copy(update={"id": "2"})
+    assert unstaged(another)(now) == now
 
 
 def test_a_switch_leaves_nothing_staged_or_tried() -> None:

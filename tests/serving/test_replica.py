@@ -215,7 +215,7 @@ def test_an_actor_of_another_job_and_namespace_can_call(
 def test_a_wrong_export_is_refused_before_anything_starts(
     tmp_path: Path, tiny_export: Path
 ) -> None:
-    with pytest.raises(ExportError, match=r"looked for rayrm\.json"):
+    with pytest.raises(ExportError, match=r"found neither rayrm\.json"):
         deploy(ServeConfig(export=str(tmp_path), app="nothing"))
     with pytest.raises(ConfigError, match="positions for 512"):
         deploy(

@@ -240,5 +240,5 @@ def test_a_model_of_this_process_refuses_as_a_service_does(model: RewardModel) -
 def test_a_client_has_one_way_to_score(model: RewardModel) -> None:
     with pytest.raises(ConfigError, match="url and model"):
         RewardClient(url="http://localhost:8000", model=model)
-    with pytest.raises(ConfigError, match="token is given without url"):
+    with pytest.raises(ConfigError, match="token is set without url"):
         RewardClient(token="secret")

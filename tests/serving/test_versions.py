@@ -165,6 +165,29 @@ def test_a_rollback_serves_what_was_served_before(
         rollback("another")
 
 
+def test_a_rollback_to_a_version_under_its_old_name_serves_it(
+    client: RewardClient, config: ServeConfig, other_export: Path, models: dict[str, RewardModel]
+) -> None:
+    """An older rayrm has recorded what was served before; replicas rename it while they load it."""
+    old, new = models
+    deploy(config.model_copy(update={"export": str(other_export)}))
+    export = models[old].export
+    assert export
+
+    def rename_previous(record: Record | None) -> Record:
+        assert record and record.previous and record.previous.version == old
+        name = min(export.old_versions)
+        previous = record.previous.model_copy(update={"version": name})
+        return record.model_copy(update={"previous": previous})
+
+    change_record(APP, rename_previous)
+    assert rollback(APP).version == old
+    record = read_record(APP)
+    assert record and record.current.version == old and record.staged is None
+    assert record.previous and record.previous.version == new
+    assert_same(client.score(*texts(2, 2)), models[old].score(*texts(2, 2)))
+
+
 def test_a_pinned_step_is_scored_by_its_version_or_not_at_all(
     client: RewardClient, models: dict[str, RewardModel]
 ) -> None:
@@ -319,6 +342,20 @@ def test_what_a_killed_deployment_has_staged_is_dropped(
     until(lambda: all(replica["versions"] == [old] for replica in stats(APP)))
 
 
+def test_what_a_killed_task_has_staged_is_dropped(
+    client: RewardClient, config: ServeConfig, other_export: Path, models: dict[str, RewardModel]
+) -> None:
+    """Its job goes on: this one."""
+    old, new = models
+    deploy(config)
+    served = Served(export=str(other_export), version=new)
+    swapping = ray.remote(num_cpus=0, max_retries=0)(swap).remote(APP, served)
+    until(lambda: found().staged is not None)
+    ray.cancel(swapping, force=True)
+    until(lambda: found().staged is None)
+    assert found().current.version == old
+
+
 def test_of_two_deployments_at_once_one_wins_and_the_other_is_told(
     client: RewardClient, config: ServeConfig, other_export: Path, models: dict[str, RewardModel]
 ) -> None:
@@ -328,7 +365,7 @@ def test_of_two_deployments_at_once_one_wins_and_the_other_is_told(
         first = other.submit(deploy, config.model_copy(update={"export": str(other_export)}))
         until(lambda: found().staged is not None)
         assert try_out(APP, str(other_export), 1.0).version == new
-        with pytest.raises(ServiceError, match="deployed by somebody else meanwhile"):
+        with pytest.raises(ServiceError, match="another process deployed meanwhile"):
             first.result()
     record = found()
     assert record.current.version == old and record.staged is None
@@ -482,7 +519,7 @@ def test_what_is_found_must_be_what_was_deployed(cluster: None, tiny_export: Pat
     record = Record(config=config, started=config.export, current=old)
     change_record("changed", lambda _: record)
     try:
-        with pytest.raises(ExportError, match=r"holds .*, and not old@1"):
+        with pytest.raises(ExportError, match=r"holds .*, not old@1"):
             load, tell = (
                 (lambda c: RewardModel.load(c.export, "cpu", "float32")),
                 ServeMetrics().holds,

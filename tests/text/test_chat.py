@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from transformers.utils import chat_template_utils
 
+from rayrm.data.records import Group, Preference, Text
 from rayrm.errors import EmptyResponse, InvalidRow, ModelError, RowError
 from rayrm.rows import Row
-from rayrm.serving.http.openrlhf import sampled_row
-from rayrm.text.chat import ChatTemplate, Rule
+from rayrm.serving.http.openrlhf import read_rows, sampled_row
+from rayrm.text.chat import ChatTemplate, Rule, Thoughts
 from rayrm.text.clock import reads_clock, stop_clock
 from rayrm.text.template import Template, TemplateSpec
+from rayrm.training.dataset import encode_groups
 from tests.makers import CHATML, tiny_tokenizer
 from tests.shapes import SHAPES
 
@@ -51,10 +54,10 @@ def failure(template: Template, row: Row) -> RowError:
     return error
 
 
-def of(template: str) -> Template:
+def of(template: str, rule: Rule = "template", thoughts: Thoughts = "keep") -> Template:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    return Template(tokenizer, TemplateSpec("chat", "\n", 256, ""))
+    return Template(tokenizer, TemplateSpec("chat", "\n", 256, "", rule, thoughts))
 
 
 # Ordinary rows ----------------------------------------------------------------------------------
@@ -196,6 +199,109 @@ def test_thoughts_of_earlier_turns_may_go_and_the_last_may_not() -> None:
         assert "orange" not in row and "Hm" in row
 
 
+def test_a_thought_in_the_response_may_not_go_whichever_message_has_it() -> None:
+    response = [
+        say("assistant", "<think>An orange?</think>An apple."),
+        say("user", "Sure?"),
+        say("assistant", "Yes."),
+    ]
+    for rule in RULES:
+        error = failure(SHAPES["deepseek r1"].template_of(rule), Row("A fruit?", response))
+        assert isinstance(error, InvalidRow) and "drops a thought of message 2" in str(error)
+        asked = [say("user", "A fruit?", thinking="They want a fruit.")]
+        error = failure(SHAPES["qwen3"].template_of(rule), Row(asked, "An apple."))
+        assert isinstance(error, InvalidRow) and "`thinking` of message 1 ('user')" in str(error)
+
+
+def test_thoughts_of_earlier_turns_that_go_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    template = SHAPES["deepseek r1"].template_of("continue")
+    thought = say("assistant", "<think>An orange?</think>An apple.")
+    with_thought: Text = [TWO_TURNS[0], thought, TWO_TURNS[2]]
+    prompts: list[Text] = [with_thought, TWO_TURNS, "A colour?"]
+    groups = [
+        Group(prompt, ["Red.", "No."], [Preference(0, 1)], [True, True], "", f"f:{i}")
+        for i, prompt in enumerate(prompts)
+    ]
+    report = encode_groups(groups, template, "truncate").report
+    assert report.groups == 3 and report.prompts_without_thoughts == 1
+    assert "1 prompts without thoughts" in str(report)
+
+
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+FUNCTION = {"name": "weather", "description": "Tells the weather.", "parameters": PARAMETERS}
+NAMES = "{% for t in tools or [] %}{{ (t.function or t).name }}{% endfor %}"
+CALLS = "{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}"
+STRIPPED = "{{ m.content.split('<a>')[0] + m.content.split('</a>')[-1] }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "dropped"),
+    [
+        pytest.param(
+            NAMES + CHATML,
+            Row("q", "a", True, [{"type": "function", "function": FUNCTION}]),
+            "tools[0].description",
+            id="what a tool is for",
+        ),
+        pytest.param(
+            NAMES + CHATML,
+            Row("q", "a", True, [{"name": "weather", "parameters": PARAMETERS}]),
+            "tools[0].parameters",
+            id="parameters of a tool",
+        ),
+        pytest.param(
+            NAMES + CHATML,
+            Row("q", "a", True, [{"type": "web_search", "limit": 3}]),
+            "tools[0].limit",
+            id="a tool without a name",
+        ),
+        pytest.param(
+            CHATML.replace("{{ m['content'] }}", CALLS.replace("c |", "c.function.name |")),
+            Row([say("user", "q"), calling("f", {"a": True})], "a"),
+            "`tool_calls[0].function.arguments.a`",
+            id="an argument that is true",
+        ),
+        pytest.param(
+            CHATML.replace("{{ m['content'] }}", CALLS.replace("c |", "c.function.name |")),
+            Row([say("user", "q"), calling("f", {"a": None, "b": ""})], "a"),
+            "`tool_calls[0].function.arguments.a`",
+            id="an argument that is null",
+        ),
+        pytest.param(
+            CHATML.replace("{{ m['content'] }}", STRIPPED),
+            Row("q", "A long beginning. <a>secret</a> And a long end, longer than all else."),
+            "`content` of message 2",
+            id="a block within an answer",
+        ),
+        pytest.param(
+            CHATML.replace("m['content']", "m['content'] | striptags"),
+            Row("q", "A <b>bold</b> word."),
+            "`content` of message 2",
+            id="tags",
+        ),
+    ],
+)
+def test_what_a_template_drops_within_something_is_found(
+    template: str, row: Row, dropped: str
+) -> None:
+    error = failure(of(template), row)
+    assert isinstance(error, InvalidRow) and f"drops {dropped}" in str(error)
+
+
+def test_a_tool_of_which_the_template_writes_a_part_is_not_refused() -> None:
+    """Cohere's, say, write names and descriptions of parameters, and not all else."""
+    some = NAMES + "{% for t in tools or [] %}{{ t.function.description }}"
+    some += "{{ t.function.parameters.properties | list }}"
+    some += "{% for p in t.function.parameters.properties.values() %}{{ p.type }}{% endfor %}"
+    some += "{% endfor %}"
+    declared = {**FUNCTION, "return": {"type": "string"}, "strict": True}
+    tool = {"type": "function", "function": declared}
+    assert "Tells the weather." in text(of(some + CHATML), Row("q", "a", True, [tool]))
+
+
 @rules
 def test_keys_of_messages_are_rendered_or_refused_by_name(rule: Rule) -> None:
     qwen3 = SHAPES["qwen3"].template_of(rule)
@@ -260,6 +366,21 @@ def test_a_thought_is_left_out_where_answers_are_judged_without() -> None:
         for cut_off, finished in (("<think>\nTwo, and", True), ("<think>\nTwo, and", False)):
             error = failure(template, Row("2+2?", cut_off, finished))
             assert isinstance(error, EmptyResponse) and "no more than a thought" in str(error)
+    for start, end in (
+        ("<think>", "</think>"),
+        ("<thinking>", "</thinking>"),
+        ("[THINK]", "[/THINK]"),
+    ):
+        for rule in RULES:
+            template = of(CHATML, rule=rule, thoughts="drop")
+            assert text(template, Row("2+2?", f"{start}Two.{end}\n4")) == text(
+                template, Row("2+2?", "4")
+            )
+            error = failure(template, Row("2+2?", f"{start}Two, and", False))
+            assert isinstance(error, EmptyResponse)
+    without = "{% if add_generation_prompt %}<think>\n\n</think>\n\n{% endif %}"
+    closed = of(CHATML + without, rule="continue", thoughts="drop")
+    assert text(closed, Row("2+2?", "Four, and", False)).endswith("Four, and")
     # A thought that the generation prompt began, and an answer that only mentions thoughts.
     r1 = SHAPES["deepseek r1"].template_of("continue", thoughts="drop")
     assert text(r1, Row("2+2?", "Two.\n</think>\n4")) == text(r1, Row("2+2?", "</think>4"))
@@ -328,6 +449,21 @@ def test_pads_and_other_ends_of_a_sampled_text_are_not_of_it(
         assert text(template, row) == text(template, Row("q", "Paris.", finished))
 
 
+@rules
+def test_pads_on_the_left_of_the_query_alone_are_not_of_it(rule: Rule) -> None:
+    template = SHAPES["qwen3"].template_of(rule, ends=("<|endoftext|>",))
+    pads = "<|endoftext|>" * 2
+    padded = [pads + QWEN_PROMPT + "Paris.<|im_end|>", pads + "qParis.<|im_end|>"]
+    whole = [f"{pads}{query}" for query in padded]
+    for queries, prompts in ((padded, [QWEN_PROMPT, "q"]), (whole, [pads + QWEN_PROMPT, "q"])):
+        rows, errors = read_rows(template, queries, prompts)
+        assert errors == {}
+        for row in rows:
+            assert text(template, row) == text(template, Row("q", "Paris."))
+    _, errors = read_rows(template, [pads + "another"], ["q"])
+    assert "does not begin with its prompt" in str(errors[0])
+
+
 def test_a_pad_that_ends_nothing_does_not_finish_a_response() -> None:
     template = SHAPES["gemma2"].template_of(ends=("<end_of_turn>",))
     prompt = "<bos><start_of_turn>user\nq<end_of_turn>\n<start_of_turn>model\n"
@@ -363,6 +499,7 @@ class Later(datetime):
 def test_a_stopped_clock_shows_its_moment_on_any_day(monkeypatch: pytest.MonkeyPatch) -> None:
     at = datetime(2026, 11, 6, 7, 8, 9)
     formats = ["%d %b %Y", "%A, %-d %B %y", "%Y-%m-%d %H:%M:%S", "%I:%M %p, day %j", "no date"]
+    formats += ["%F %T", "%D %e %s %u %V %G %g", "%C %h %R %k %l %P %r", "100%% %%d %-m%%", "%%%d"]
     clock = "\n".join(f"{{{{ strftime_now({form!r}) }}}}" for form in formats)
     for start in ("", "\n", "  \n", "{% set x = 1 %}\n", "  {% if true %}a{% endif %}"):
         tokenizer = tiny_tokenizer()

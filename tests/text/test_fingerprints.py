@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,17 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from rayrm.data.records import Group, Preference
+from rayrm.data.records import Group, Preference, Text
 from rayrm.errors import ExportError
 from rayrm.model.engine import RewardModel
-from rayrm.model.export import RECORD, Export, load_template, read_export, read_identity
+from rayrm.model.export import (
+    RECORD,
+    AdapterRecord,
+    Export,
+    load_template,
+    read_export,
+    read_identity,
+)
 from rayrm.model.net import load_base
 from rayrm.rows import Row
 from rayrm.serving.http.openrlhf import sampled_row
@@ -76,6 +85,24 @@ OTHER_IDS: dict[str, Callable[[Path], object]] = {
     "EOS": edit("tokenizer_config.json", lambda t: t.update(eos_token="<|im_start|>")),
     "BOS setting": edit("tokenizer_config.json", lambda t: t.update(add_bos_token=True)),
 }
+
+
+def edit_config(**values: Any) -> Callable[[Path], object]:
+    return edit("config.json", lambda config: config.update(values))
+
+
+OTHER_MODEL: dict[str, Callable[[Path], object]] = {
+    "rotary base": edit_config(rope_parameters={"rope_type": "default", "rope_theta": 30.0}),
+    "epsilon of the norms": edit_config(rms_norm_eps=0.1),
+    "activation": edit_config(hidden_act="gelu"),
+}
+SAME_MODEL: dict[str, Callable[[Path], object]] = {
+    "name and origin": edit_config(_name_or_path="there", transformers_version="4.1"),
+    "stored dtype": edit_config(dtype="float16", torch_dtype="float16"),
+    "pad, BOS and EOS": edit_config(pad_token_id=3, bos_token_id=4, eos_token_id=5),
+    "generation": edit_config(use_cache=False),
+    "name of the output": edit_config(id2label={"0": "reward"}, label2id={"reward": 0}),
+}
 SAME_IDS: dict[str, Callable[[Path], object]] = {
     "padding": edit(
         "tokenizer.json",
@@ -123,6 +150,43 @@ def test_whatever_makes_other_ids_of_text_makes_another_version(
     assert before.template.fingerprint == after.template.fingerprint, "ids mean the same"
 
 
+@pytest.mark.parametrize("change", OTHER_MODEL)
+def test_a_config_that_makes_other_rewards_of_the_weights_makes_another_version(
+    tiny_export: Path, tmp_path: Path, change: str
+) -> None:
+    changed = copy(tiny_export, tmp_path / "changed")
+    OTHER_MODEL[change](changed)
+    before, after = (RewardModel.load(d, "cpu", "float32") for d in (tiny_export, changed))
+    assert before.version != after.version
+    assert after.export and before.version not in after.export.old_versions
+    rows = ["What is it?"], ["A long answer, and another word."]
+    assert not np.array_equal(before.score(*rows).values, after.score(*rows).values)
+
+
+@pytest.mark.parametrize("change", SAME_MODEL)
+def test_a_config_that_makes_the_same_rewards_does_not_change_the_version(
+    tiny_export: Path, tmp_path: Path, change: str
+) -> None:
+    changed = copy(tiny_export, tmp_path / "changed")
+    SAME_MODEL[change](changed)
+    before, after = (RewardModel.load(d, "cpu", "float32") for d in (tiny_export, changed))
+    assert before.version == after.version
+    rows = ["What is it?"], ["A long answer, and another word."]
+    assert np.array_equal(before.score(*rows).values, after.score(*rows).values)
+
+
+def test_the_config_of_an_adapter_s_backbone_is_part_of_its_version() -> None:
+    spec = TemplateSpec("chat", "\n", 256, "f" * 64)
+    adapter = AdapterRecord(base="b", backbone_sha256="c", weights_sha256="d", scale=1.0)
+    one, other = (
+        Export(
+            name="r", dtype="bfloat16", template=spec, weights_sha256="w", adapter=adapter
+        ).model_copy(update={"config_sha256": found})
+        for found in ("1", "2")
+    )
+    assert one.adapter_version != other.adapter_version
+
+
 @pytest.mark.parametrize("change", SAME_IDS)
 def test_how_batches_are_padded_does_not_change_the_version(
     tiny_export: Path, tmp_path: Path, change: str
@@ -157,6 +221,29 @@ def test_an_added_pad_is_no_part_of_what_turns_text_into_ids() -> None:
     assert fingerprint_of_text(padded, AT) != fingerprint_of_text(bare, AT)
 
 
+def test_an_added_pad_does_not_change_what_ids_mean() -> None:
+    padded, bare = tiny_tokenizer(), tiny_tokenizer()
+    before = fingerprint(padded)
+    padded.add_special_tokens({"pad_token": "<|other pad|>"})
+    assert fingerprint(padded) == before == fingerprint(bare)
+    padded.add_tokens(["more"])
+    assert fingerprint(padded) != before
+    padded.pad_token = "more"
+    assert fingerprint(padded) != before, "<|other pad|> is in the middle now"
+
+
+def test_ids_of_a_tokenizer_with_an_added_pad_are_scored(tiny_export: Path) -> None:
+    model = RewardModel.load(tiny_export, "cpu", "float32")
+    padded = AutoTokenizer.from_pretrained(tiny_export)
+    padded.add_special_tokens({"pad_token": "<|other pad|>"})
+    assert model.score([[5, 6]], [[7]], tokenizer=padded).errors == [None]
+    # A record may hold a fingerprint by the older formula, which covered every pad.
+    spec = replace(model.template.spec, fingerprint="older")
+    model.template = replace(model.template, spec=spec)
+    assert model.score([[5, 6]], [[7]], tokenizer=padded).errors == [None]
+    assert model.score([[5, 6]], [[7]], tokenizer="older").errors == [None]
+
+
 def test_the_version_at_a_uri_is_that_of_the_files_there_now(
     tiny_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,10 +272,29 @@ def test_an_export_of_format_2_has_the_rewards_it_had_and_is_known_by_its_old_ve
     rows = ["What is it?"] * 2, ["A thing.", "<think>Hm"]
     assert np.array_equal(before.score(*rows).values, after.score(*rows).values)
     assert after.export and after.version == before.version not in after.export.old_versions
+    # The ids of these rows, as the code before format version 3 built them.
+    turns: Text = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "A fruit?"},
+        {"role": "assistant", "content": "An apple."},
+        {"role": "user", "content": "A colour?"},
+    ]
+    ids = after.template.encode(
+        [
+            Row("What is it?", "A thing."),
+            Row("What is it?", "  A thing.\n", False),
+            Row("Hi", "<think>\nHm\n</think>\n\nParis"),
+            Row(turns, "Red."),
+        ]
+    )
+    digest = hashlib.sha256(b"".join(np.asarray(row, np.int32).tobytes() for row in ids))
+    assert digest.hexdigest().startswith("ae955455b1616d15")
     # sha256 of weights, dtype and these four fields, as format versions 1 and 2 named it.
     spec = TemplateSpec("chat", "\n", 256, "f" * 64)
     pinned = Export(name="r", dtype="bfloat16", template=spec, weights_sha256="w")
-    assert pinned.old_versions == {"r@e60802140806"}
+    of_format_3 = pinned.version  # without config_sha256
+    assert pinned.old_versions == {"r@e60802140806", of_format_3}
+    assert pinned.model_copy(update={"config_sha256": "c"}).old_versions == pinned.old_versions
 
 
 def test_damaged_tokenizer_files_are_named(tiny_export: Path, tmp_path: Path) -> None:
@@ -273,6 +379,20 @@ def test_an_export_with_a_clock_is_fixed_to_its_files_date_and_says_so(
     os.utime(clocked / "chat_template.jinja", (day + 86400, day + 86400))
     with pytest.warns(UserWarning, match="05 March"):
         assert RewardModel.load(clocked, "cpu", "float32").version != model.version
+
+
+def test_a_model_of_the_hub_has_the_same_clock_wherever_it_was_downloaded(
+    tiny_export: Path, tmp_path: Path
+) -> None:
+    versions = set()
+    for node, day in (("a", 3e8), ("b", 9e8)):
+        (tmp_path / node / "snapshots").mkdir(parents=True)
+        snapshot = copy(tiny_export, tmp_path / node / "snapshots" / "c0ffee")
+        edit_template("{{ strftime_now('%d %b %Y') }}" + CHATML)(snapshot)
+        os.utime(snapshot / "chat_template.jinja", (day, day))
+        with pytest.warns(UserWarning, match="stopped at 26 July 2024"):
+            versions.add(read_export(snapshot)[1].version)
+    assert len(versions) == 1
 
 
 def test_a_clock_in_a_base_s_template_shows_the_day_that_the_run_was_started(

@@ -15,20 +15,22 @@ import torch
 import torch.distributed as dist
 from ray.train import CheckpointConsistencyMode, get_all_reported_checkpoints
 from ray.train.v2.api.result import Result
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 from rayrm import RewardModel, TrainConfig, fit
 from rayrm.commands.train import main
 from rayrm.data.records import read_groups
 from rayrm.errors import ConfigError, DataError, ExportError, ModelError, TrainingError
 from rayrm.evaluation.evaluate import evaluate
+from rayrm.model.export import read_record
 from rayrm.rows import Row
 from rayrm.training.checkpoint import consolidate, save_shards
 from rayrm.training.config import TrainSection
 from rayrm.training.dataset import PreferenceGroup
 from rayrm.training.fit import TrainResult, check_places, claim, make_trainer, run_directory
-from rayrm.training.loop import Rank, learning_rate
+from rayrm.training.loop import Rank, learning_rate, train_loop
 from rayrm.training.setup import merge
+from tests.shapes import QWEN3
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -450,6 +452,30 @@ def test_ids_without_an_embedding_are_found_before_training(
     config.data.eval = [str(held_out)]
     with pytest.raises(ModelError, match=rf"token id {there}; .* embeddings for {there} tokens"):
         prepare(config)
+
+
+def test_an_export_builds_rows_as_its_run_did_although_the_base_changed_meanwhile(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Path(shutil.copytree(base, tmp_path / "base"))
+    template = own / "chat_template.jinja"
+    template.write_text(QWEN3)
+    GenerationConfig(eos_token_id=[0, 1]).save_pretrained(own)
+    config = configure(own, data, tmp_path, train={"epochs": 0.34})
+    config.data.thoughts = "drop"
+
+    def changes(values: dict[str, Any], steps: Any) -> dict[str, Any]:
+        trained = train_loop(values, steps)
+        template.write_text(QWEN3 + "!")
+        return trained
+
+    with monkeypatch.context() as patched:
+        patched.setattr("rayrm.training.fit.train_loop", changes)
+        with pytest.raises(TrainingError, match=f"of {own} has changed since this run encoded"):
+            fit(config)
+    template.write_text(QWEN3)
+    spec = read_record(fit(config).export).template
+    assert (spec.rule, spec.thoughts, spec.ends) == ("continue", "drop", ("<|im_start|>",))
 
 
 def test_what_is_in_the_way_of_an_export_is_found_before_training(

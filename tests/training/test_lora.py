@@ -12,7 +12,8 @@ from rayrm.errors import ConfigError, TrainingError
 from rayrm.model.net import RewardNet
 from rayrm.training.checkpoint import load_trained
 from rayrm.training.config import LoraSection, TrainConfig
-from rayrm.training.lora import add_adapters, check_frozen, hash_frozen, merge_adapters
+from rayrm.training.inputs import check_frozen
+from rayrm.training.lora import add_adapters, hash_frozen, merge_adapters
 from rayrm.training.setup import load_model
 from tests.makers import make_base
 from tests.tiny import FAMILIES, gradients, random_groups, scored, tiny_model

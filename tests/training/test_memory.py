@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -152,8 +153,7 @@ def train_and_resume(
             "run": {
                 "history": resumed.history,
                 "data": str(resumed.train.report),
-                "data_fingerprint": resumed.train.fingerprint,
-                "frozen_sha256": resumed.frozen_sha256,
+                **asdict(resumed.inputs),
             },
         }
     if other_base:
@@ -270,7 +270,7 @@ def test_the_record_says_how_far_rounding_moved_rewards(
     assert record.rounding["mean_abs"] == pytest.approx(shift.mean(), abs=1e-5)
     assert record.rounding["max_abs"] == pytest.approx(shift.max(), abs=1e-5)
     assert shift.mean() > 1e-4
-    assert "moved by rounding to bfloat16" in (directory / "README.md").read_text()
+    assert "reward change by rounding to bfloat16" in (directory / "README.md").read_text()
 
 
 @pytest.mark.slow

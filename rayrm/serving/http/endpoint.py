@@ -1,13 +1,14 @@
 """The HTTP endpoint: the ingress of the Serve application.
 
-Turns JSON into rows, passes them to the replicas as a client does, and turns rewards into JSON; a
-protocol's shapes are in a file of its own. Knows nothing of packs or weights.
+Turns JSON into rows, sends them to the replicas as a client does, and turns rewards into JSON; each
+protocol's bodies are defined in its own file. Does not know about packs or weights.
 """
 
 from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,7 +26,6 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 import rayrm
 from rayrm.config import OWN
 from rayrm.errors import RowError, ServiceError, UnknownReward, VersionGone
-from rayrm.model.foreign import open_template
 from rayrm.rows import Rewards, Row
 from rayrm.serving.callers import this_caller
 from rayrm.serving.client import RewardClient, ScoredStep
@@ -47,25 +47,26 @@ from rayrm.serving.http.score import (
     ScoreResponse,
     respond,
 )
+from rayrm.serving.locate import load_served_template
 from rayrm.serving.record import Served, read_record
 from rayrm.serving.sending import backoff
 from rayrm.text.template import Template
 
-# A replica that has not said anything by then is no use to a load balancer.
+# Seconds in which a replica must answer /health, for the load balancer's sake.
 HEALTH_SECONDS = 5.0
 
-# A caller whose request got nothing done for so long is told to come back.
+# Seconds without progress after which a request is refused, to be sent again.
 PATIENCE_S = 5.0
 
 
 class Health(Body):
     version: str
-    """The model that a replica serves."""
+    """The version that a replica serves."""
 
 
 @serve.ingress()
 class Endpoint:
-    """Answers HTTP for the replicas behind a handle."""
+    """The ingress that answers HTTP requests by calling replicas through a handle."""
 
     def __init__(self, config: ServeConfig, replicas: DeploymentHandle[Any]) -> None:
         self.config = config
@@ -73,15 +74,18 @@ class Endpoint:
         self.client = RewardClient(self.app_name)
         self.replicas = replicas
         self._templates: dict[str, Template] = {}
-        self._tokenizing = ThreadPoolExecutor(1, "tokenize")  # the loop stays free for /health
-        self._template_for("")  # what fails, fails now
+        self._tokenizing = ThreadPoolExecutor(1, "tokenize")  # keeps the loop free for /health
+        # An unreadable template fails at start; a changed one only refuses /get_reward.
+        with suppress(ServiceError):
+            self._template_for("")
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         token = read_token(self.config.http)
         app = FastAPI(title="rayrm", version=rayrm.__version__)
-        asked = [Depends(HTTPBearer(auto_error=False))] if token else []  # for the docs only
-        app.post("/score", dependencies=asked, responses=REFUSALS)(self.score)
-        app.post("/get_reward", dependencies=asked, responses=REFUSALS)(self.get_reward)
+        # Only documents the token: RequestGuard checks it.
+        bearer = [Depends(HTTPBearer(auto_error=False))] if token else []
+        app.post("/score", dependencies=bearer, responses=REFUSALS)(self.score)
+        app.post("/get_reward", dependencies=bearer, responses=REFUSALS)(self.get_reward)
         app.get("/health", responses={503: REFUSALS[503]})(self.health)
         app.add_exception_handler(StarletteHTTPException, on_http_error)
         app.add_exception_handler(RequestValidationError, on_invalid_request)
@@ -91,7 +95,7 @@ class Endpoint:
         return app
 
     async def score(self, request: ScoreRequest) -> ScoreResponse | NamedScoreResponse:
-        """Rewards of rows, each a prompt and a response; a bad row gets an error of its own."""
+        """Score rows, each a prompt and a response. A bad row gets an error, the others rewards."""
         self._check_count(len(request.rows))
         rewards, version = await self._score(
             request.to_rows(),
@@ -106,43 +110,58 @@ class Endpoint:
         return respond(rewards, version, named=request.rewards is not None)
 
     async def get_reward(self, request: RewardRequest) -> RewardResponse:
-        """OpenRLHF's remote reward model. It knows no error for one row: a bad row fails all."""
+        """Score queries as OpenRLHF's remote reward model. One bad row fails the whole request."""
         self._check_count(len(request.query))
         if len(request.query) != len(request.prompts):
             raise HTTPException(
-                422, f"{len(request.query)} queries, {len(request.prompts)} prompts: one for each"
+                422,
+                f"{len(request.query)} queries, {len(request.prompts)} prompts: send one prompt "
+                "for each query",
             )
         return openrlhf.respond(await self._score_queries(request))
 
     async def health(self) -> Health:
-        """503 unless a replica answers."""
+        """Return the served version, or 503 if no replica answers."""
         try:
             async with asyncio.timeout(HEALTH_SECONDS):
                 stats = await self.replicas.stats.remote()
         except (TimeoutError, RayError, RayServeException) as error:
-            # Its text names processes, addresses and log files of the node: for whoever may ask.
+            # Without its text, which would show processes, addresses and log files to anyone.
             raise ServiceError(f"no replica answers: {type(error).__name__}") from None
         return Health(version=stats["version"])
 
     def _check_count(self, rows: int) -> None:
-        if rows > (most := self.config.http.max_rows):
+        most = self.config.http.max_rows
+        if rows > most:
             raise HTTPException(413, f"{rows} rows: a request has at most {most} (http.max_rows)")
 
     async def _score_queries(self, request: RewardRequest) -> Rewards:
-        """Rewards by the version whose template told prompts from responses."""
-        loop, began, gone_s = asyncio.get_running_loop(), 0, 0.0
-        until, caller = loop.time() + self.client.timeout_s, caller_name()
+        """Return the queries' rewards by the version whose template made their rows.
+
+        Raises VersionGone if the served version keeps changing for PATIENCE_S seconds.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.client.timeout_s
+        caller = caller_name()
+        attempts = 0
+        waited_s = 0.0
         while True:
             build = partial(self._read_queries, request, caller)
-            version, made_by, rows, errors = await loop.run_in_executor(self._tokenizing, build)
+            version, tokenizer, rows, errors = await loop.run_in_executor(self._tokenizing, build)
             refuse(errors)
             try:
                 scored = await self._score(
-                    rows, made_by, caller=caller, version=version, timeout_s=until - loop.time()
+                    rows,
+                    tokenizer,
+                    caller=caller,
+                    version=version,
+                    timeout_s=deadline - loop.time(),
                 )
             except VersionGone:
-                wait = backoff(began := began + 1)
-                if (gone_s := gone_s + wait) > PATIENCE_S:
+                attempts += 1
+                wait = backoff(attempts)
+                waited_s += wait
+                if waited_s > PATIENCE_S:
                     raise
                 await asyncio.sleep(wait)
                 continue
@@ -153,18 +172,19 @@ class Endpoint:
     def _read_queries(
         self, request: RewardRequest, caller: str
     ) -> tuple[str, str, list[Row], dict[int, RowError]]:
+        """Return version, fingerprint of its template, rows, and errors by index of the query."""
         version, template = self._template_for(caller)
         rows, errors = openrlhf.read_rows(template, request.query, request.prompts)
         return version, template.spec.fingerprint, rows, errors
 
     def _template_for(self, caller: str) -> tuple[str, Template]:
-        """The version that scores a caller of that name, and how its rows are built."""
+        """Return the version that scores a caller of that name, and its template."""
         record = read_record(self.app_name)
         served = (
             record.chosen_for(caller) if record else Served(export=self.config.export, version="")
         )
         if served.version not in self._templates:
-            template = open_template(served.export, self.config.max_length)
+            template = load_served_template(served, self.config.max_length)
             wanted = {other.version for other in record.wanted} if record else set()
             kept = {version: t for version, t in self._templates.items() if version in wanted}
             self._templates = {**kept, served.version: template}
@@ -179,11 +199,12 @@ class Endpoint:
         step: str | None = None,
         **options: Any,
     ) -> ScoredStep:
-        here = await asyncio.to_thread(this_caller)
+        """Score rows as a step of the request's client."""
+        endpoint = await asyncio.to_thread(this_caller)
         return await self.client.score_rows(
             rows,
             tokenizer,
-            caller=replace(here, name=caller),
+            caller=replace(endpoint, name=caller),
             patience_s=PATIENCE_S,
             id=step or _get_serve_request_context().request_id,
             **options,
@@ -191,6 +212,6 @@ class Endpoint:
 
 
 def caller_name(own: str = "") -> str:
-    """What queues, logs and trials know the client of this request by: its address, and its own."""
+    """Return the caller's name for queues, logs and trials: the client's address, and `own`."""
     address = _get_serve_request_context()._client.rpartition(":")[0]
     return " ".join(part for part in ("http", address, own) if part)

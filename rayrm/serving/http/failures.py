@@ -1,4 +1,4 @@
-"""What goes wrong, over HTTP: a status, and a body that names the error and says what happened."""
+"""Answer failed HTTP requests: with a status, and a body with the error's name and message."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from starlette.exceptions import HTTPException
 
 from rayrm.errors import Overloaded, RowError, UnknownReward, VersionGone
 
-# When to come back where replicas have died, or are being started.
+# Seconds to wait before retrying when replicas have died or are starting.
 RETRY_AFTER_S = 5
 
-# So many rows of a bad request are named: a message for each of thousands would help nobody.
+# Maximum number of a request's problems that are listed: there may be thousands.
 NAMED = 10
 
-# Characters of a field's name that are quoted where there is no such field.
+# Maximum number of characters of an unknown field's name that are quoted.
 QUOTED = 200
 
 
@@ -29,7 +29,7 @@ class Failure(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     error: str
-    """The name of a class of rayrm.errors, or the status in words."""
+    """Name of a class of rayrm.errors, or the status in words."""
     message: str
 
 
@@ -39,9 +39,9 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         400: "The body is not JSON.",
         401: "The token is missing or wrong.",
         404: "No reward of that name is served.",
-        410: "The version that was asked for is not served, or not any more.",
+        410: "The requested version is not served, or no longer.",
         413: "The body, or its number of rows, is above the limit.",
-        422: "The body is JSON, but not of this schema; /get_reward: or a row has no reward.",
+        422: "The body is JSON, but not of this schema; or, for /get_reward, a row has no reward.",
         429: "Too many rows are waiting: send again later.",
         503: "No replica answered.",
     }.items()
@@ -61,14 +61,14 @@ async def on_http_error(_: Request, error: Exception) -> JSONResponse:
 
 
 async def on_invalid_request(_: Request, error: Exception) -> JSONResponse:
-    # Without the input, which FastAPI would send back: it can be large, or no JSON at all.
+    # Without the input, which FastAPI would send back: it can be large, or not JSON.
     assert isinstance(error, RequestValidationError)
     problems = [f"{_where(e['loc'])}: {e['msg']}" for e in error.errors()]
     return answer(422, "; ".join(problems[:NAMED]))
 
 
 async def on_service_error(_: Request, error: Exception) -> JSONResponse:
-    """A ServiceError or UnknownReward."""
+    """Answer a ServiceError or UnknownReward."""
     status, headers = 503, {"retry-after": str(RETRY_AFTER_S)}
     if isinstance(error, Overloaded):
         status, headers = 429, {"retry-after": str(math.ceil(error.retry_after_s))}
@@ -80,7 +80,7 @@ async def on_service_error(_: Request, error: Exception) -> JSONResponse:
 
 
 def refuse(errors: Mapping[int, RowError]) -> None:
-    """Fail a whole request for its bad rows, naming them."""
+    """Fail the whole request with 422 if it has bad rows, and list them."""
     if errors:
         named = [f"row {i}: {type(e).__name__}: {e}" for i, e in list(errors.items())[:NAMED]]
         left = f"; and {len(errors) - NAMED} more" if len(errors) > NAMED else ""
@@ -88,5 +88,5 @@ def refuse(errors: Mapping[int, RowError]) -> None:
 
 
 def _where(loc: tuple[int | str, ...]) -> str:
-    """The place in a request, whose own names for fields can be long."""
+    """Return a field's path in the request; names that the client chose are cut to QUOTED."""
     return ".".join(str(part)[:QUOTED] for part in loc[1:])

@@ -1,4 +1,4 @@
-"""Guard the HTTP endpoint: refuse a request without the token, or too large, before reading it."""
+"""Guard the HTTP endpoint: refuse requests without the token, or too large, before reading them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from rayrm.errors import ConfigError
 from rayrm.serving.config import HttpSection
 from rayrm.serving.http.failures import answer
 
-# The rest of the body stays unread: the connection is of no further use.
+# The rest of the body stays unread, so the connection cannot be used again.
 CLOSE = {"connection": "close"}
 UNASKED = {"www-authenticate": "Bearer", **CLOSE}
 
 
 class RequestGuard:
-    """Refuses a request before its body is read: without the token, or too large.
+    """ASGI middleware that refuses a POST without the token, or too large, before reading its body.
 
-    ASGI middleware. FastAPI looks at a token only after it has read the body, and its own limit on
-    bodies leaves the connection open to whoever goes on sending.
+    FastAPI checks a token only after it has read the body, and its own limit on bodies leaves the
+    connection open to a client that keeps sending.
     """
 
     def __init__(self, app: ASGIApp, token: bytes | None, max_bytes: int) -> None:
@@ -36,12 +36,12 @@ class RequestGuard:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
         headers = Headers(scope=scope)
-        if not self._knows(headers.get("authorization", "")):
+        if not self._authorized(headers.get("authorization", "")):
             refusal = answer(401, "send the header Authorization: Bearer TOKEN", UNASKED)
             return await refusal(scope, receive, send)
         length = headers.get("content-length", "0")
         if not re.fullmatch("[0-9]{1,18}", length):
-            return await answer(400, "Content-Length is no number", CLOSE)(scope, receive, send)
+            return await answer(400, "Content-Length is not a number", CLOSE)(scope, receive, send)
         if int(length) > self.max_bytes:
             return await answer(413, self._limit, CLOSE)(scope, receive, send)
         received = 0
@@ -56,10 +56,11 @@ class RequestGuard:
 
         await self.app(scope, counted, send)
 
-    def _knows(self, authorization: str) -> bool:
+    def _authorized(self, authorization: str) -> bool:
+        """Return whether the Authorization header holds the token, if one is required."""
         if self.token is None:
             return True
-        # Headers are bytes, which Starlette shows as latin-1; the token is utf-8.
+        # Starlette decodes header bytes as latin-1; the token is UTF-8.
         return hmac.compare_digest(authorization.encode("latin-1"), b"Bearer " + self.token)
 
     @property
@@ -68,7 +69,10 @@ class RequestGuard:
 
 
 def read_token(http: HttpSection) -> bytes | None:
-    """The token that scoring asks for; ConfigError where it is to be read and is not there."""
+    """Return the token that scoring requires, None if none is configured.
+
+    Raises ConfigError if the configured token is missing or empty.
+    """
     if http.token_env:
         found = os.environ.get(http.token_env, "")
         where = f"http.token_env = {http.token_env!r}: this environment variable"

@@ -1,7 +1,7 @@
 """POST /get_reward: OpenRLHF's remote reward model.
 
-It sends what it sampled as text with its special tokens, and knows no error of one row. Knows
-nothing of replicas.
+OpenRLHF sends sampled text with its special tokens, and its protocol has no error for a single row.
+Does not know about replicas.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from rayrm.serving.http.score import Body
 from rayrm.text.chat import PROMPT
 from rayrm.text.template import Template, turn
 
-# What other models' chat templates put around turns: ChatML and Llama 3, DeepSeek, Gemma, Mistral.
+# Turn markers of other models' chat templates: ChatML and Llama 3, DeepSeek, Gemma, Mistral.
 _TURN_MARKS = re.compile(
     r"<\|[^\s<>|]+\|>|<｜[^\s<>｜]+｜>|<(?:start|end)_of_turn>|\[/?INST\]"  # noqa: RUF001
 )
 
 
 class RewardRequest(BaseModel):
-    """As OpenRLHF sends it; labels, which a reward model has no use for, are ignored."""
+    """A request as OpenRLHF sends it; its labels are ignored, a reward model does not need them."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     query: Annotated[list[str], FailFast()]
-    """Prompt and response, decoded with their special tokens: a response without its end of turn
-    was cut off."""
+    """Prompt and response, decoded with their special tokens. A response without its end-of-turn
+    token was cut off."""
     prompts: Annotated[list[str], FailFast()]
-    """What each query begins with: rendered by this model's chat template, or plain text."""
+    """The prompt that each query begins with: rendered by this model's chat template, or plain
+    text."""
 
 
 class RewardResponse(Body):
@@ -44,17 +45,22 @@ class RewardResponse(Body):
     scores: list[float]
     """The rewards again."""
     extra_logs: dict[str, list[float]]
-    """unfinished and truncated, 1 or 0 for each row."""
+    """`unfinished` and `truncated`: 1 or 0 for each row."""
 
 
 def read_rows(
     template: Template, queries: Sequence[str], prompts: Sequence[str]
 ) -> tuple[list[Row], dict[int, RowError]]:
-    """The rows of queries and their prompts; and errors, by place, of those that are none."""
+    """Return the rows of the valid queries, and the errors of the others by index."""
     rows: list[Row] = []
     errors: dict[int, RowError] = {}
     for i, (query, prompt) in enumerate(zip(queries, prompts, strict=True)):
         try:
+            if not query.startswith(prompt):  # a batch may pad only its queries on the left
+                bos = template.tokenizer.bos_token
+                query, prompt = (
+                    template.ends.without_left_pads(text, bos) for text in (query, prompt)
+                )
             if not query.startswith(prompt):
                 raise InvalidRow("the query does not begin with its prompt")
             rows.append(sampled_row(template, prompt, query[len(prompt) :]))
@@ -64,20 +70,20 @@ def read_rows(
 
 
 def respond(rewards: Rewards) -> RewardResponse:
-    """Of rows that all have a reward."""
+    """Return the answer for rows that all have a reward."""
     values = rewards.values.tolist()
     logs = {"unfinished": _ones(rewards.unfinished), "truncated": _ones(rewards.truncated)}
     return RewardResponse(rewards=values, scores=values, extra_logs=logs)
 
 
 def sampled_row(template: Template, prompt: str, sampled: str) -> Row:
-    """The row of a prompt and the text that was sampled to it, special tokens and all.
+    """Return the row of a prompt and the text sampled for it, special tokens included.
 
-    Padding on either side is left out, and the row is finished if the text ends in its end of turn
-    (text format: EOS) or another end of the model. A prompt that this chat template has rendered
-    already, with the start of the answer, is not rendered again: that row is the ids of the whole
-    conversation. Raises InvalidRow for a prompt that another template has rendered and for lone
-    surrogates, EmptyResponse where nothing was sampled, RowTooLong as Template.encode does.
+    Padding on either side is removed. The row is finished if the text ends in the end-of-turn token
+    (text format: EOS) or another end token of the model. A prompt that this chat template has
+    already rendered, up to the start of the answer, is not rendered again: its row is the token ids
+    of the whole conversation. Raises InvalidRow for a prompt rendered by another template and for
+    lone surrogates, EmptyResponse if nothing was sampled, RowTooLong as Template.encode does.
     """
     check_row(Row(prompt, sampled))
     prompt = template.ends.without_left_pads(prompt, template.tokenizer.bos_token)
@@ -88,13 +94,13 @@ def sampled_row(template: Template, prompt: str, sampled: str) -> Row:
     if not chat.opening.strip():
         raise InvalidRow(
             "this model's chat template does not mark where an answer starts, so a rendered "
-            "prompt cannot be told from a plain one: send prompt and response"
+            "prompt cannot be told from a plain one: send prompt and response to /score"
         )
     if chat.opening not in prompt:
-        marks = [t for t in chat.special_tokens if t in prompt]
-        if marks or (marks := _TURN_MARKS.findall(prompt)):
+        marks = [t for t in chat.special_tokens if t in prompt] or _TURN_MARKS.findall(prompt)
+        if marks:
             raise InvalidRow(
-                f"the prompt holds {marks[0]!r}, but not {chat.opening!r}, with which this "
+                f"the prompt contains {marks[0]!r}, but not {chat.opening!r}, with which this "
                 "model's chat template starts an answer: it was rendered by another template, "
                 "send its text or messages"
             )
@@ -102,7 +108,7 @@ def sampled_row(template: Template, prompt: str, sampled: str) -> Row:
     before, _, prefill = prompt.rpartition(chat.opening)
     answer = [turn("user", PROMPT), turn("assistant", prefill + content)]
     if finished and template.spec.rule == "template":
-        # The answer's turn as in training: a template may write more than it starts one with.
+        # Render the answer's turn as in training: a template may write more than chat.opening.
         template.refuse_dropped(answer, None, 1, True)
         text = before + template.render(answer, None, True).partition(PROMPT)[2]
     else:
@@ -111,6 +117,7 @@ def sampled_row(template: Template, prompt: str, sampled: str) -> Row:
         text = chat.join(before + chat.opening, judged) + end
     template.check_length([max(prompt, text, key=len)])
     prompt_ids, ids = (np.array(x, np.int32) for x in template.tokenize([prompt, text]))
+    # common_prefix leaves out the last token of the shorter row: -1 lets it find the whole prompt.
     n = common_prefix([np.append(prompt_ids, -1), ids])
     return Row(ids[:n], ids[n:], finished)
 

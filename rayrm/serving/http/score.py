@@ -1,7 +1,7 @@
 """POST /score: rows of prompts and responses as JSON, and their rewards.
 
-What a request and its answer look like, and how they become rows and come from rewards. Knows
-nothing of replicas.
+Defines request and answer, and converts requests to rows and rewards to answers. Does not know
+about replicas.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rayrm.errors import RowError
 from rayrm.rows import Rewards, Row, is_ids
 from rayrm.serving.http.failures import Failure
 
-# Whatever it is, a row that is none of these gets its own error, and the others are scored.
+# Any value is accepted here: a row that fits none of these gets an error, the others are scored.
 TextOrIds = Annotated[
     Any,
     WithJsonSchema(
@@ -59,33 +59,33 @@ class ScoreRow(Body):
     prompt: TextOrIds
     """Text, messages, or token ids."""
     response: TextOrIds
-    """As the prompt is."""
+    """Of the same kind as the prompt."""
     finished: bool = True
-    """False where the sampler cut the response off."""
+    """False if the sampler cut the response off."""
     tools: Schemas = None
-    """What can be called, as JSON schemas, for the chat template."""
+    """JSON schemas of the functions that can be called, for the chat template."""
 
 
 class ScoreRequest(Body):
     rows: Annotated[list[ScoreRow], FailFast()]
     tokenizer: str | None = None
-    """Fingerprint (rayrm.fingerprint) of the tokenizer that made the ids; needed with ids."""
+    """Fingerprint (rayrm.fingerprint) of the tokenizer that made the ids; required with ids."""
     rewards: list[str] | None = Field(None, min_length=1)
-    """Names of the rewards that are wanted: "default" is the model's own, the others are its
-    adapters'. With them the answer has each by its name."""
+    """Names of the requested rewards: "default" is the model's own, the others are its adapters'.
+    If set, the answer has rewards by name."""
     version: str | None = None
-    """Score by this version and no other: `version` of the answer to the same step's first part."""
+    """Score by this version only: `version` of the answer to the first part of the same step."""
     step: str | None = Field(None, max_length=100)
-    """Of a step that is sent in several requests: its id, the same in all of them."""
+    """Id of the step, the same in all requests that send parts of it."""
     part: str = Field("", max_length=20)
-    """This request's number in the step."""
+    """Number of this request in the step."""
     outstanding: int = Field(0, ge=0, le=2**53)
-    """Tokens of the step, about, that have no reward yet, these rows included."""
+    """Approximate number of the step's tokens that have no reward yet, including these rows."""
     caller: str = Field("", max_length=100)
-    """Who sends the step: queues are fair between callers, and a canary scores all of one's."""
+    """Name of the caller: queues are fair between callers, and a canary scores whole callers."""
 
     def to_rows(self) -> list[Row]:
-        """Raises HTTPException 422 where rows hold ids of a tokenizer that nobody named."""
+        """Return the rows. Raises HTTPException 422 for token ids without `tokenizer`."""
         rows = [Row(row.prompt, row.response, row.finished, row.tools) for row in self.rows]
         if self.tokenizer is None and any(is_ids(row.response) for row in rows):
             raise HTTPException(
@@ -95,7 +95,7 @@ class ScoreRequest(Body):
 
 
 class RowRewards(Body):
-    """Row by row, in the order of the request."""
+    """Results row by row, in the order of the request."""
 
     values: list[float | None]
     """Raw rewards; null where the row failed."""
@@ -104,10 +104,11 @@ class RowRewards(Body):
     """The prompt was cut from the left."""
     unfinished: list[bool]
     versions: list[str]
-    """The model that scored the row."""
+    """The version that scored the row."""
 
     @classmethod
     def of(cls, rewards: Rewards, **more: Any) -> RowRewards:
+        """Convert rewards; a reward that is not finite becomes None."""
         return cls(
             values=[value if np.isfinite(value) else None for value in rewards.values.tolist()],
             errors=[_failure(error) for error in rewards.errors],
@@ -120,20 +121,20 @@ class RowRewards(Body):
 
 class ScoreResponse(RowRewards):
     version: str
-    """What scored the rows: send it with the other parts of the same step."""
+    """The version that scored the rows: send it with the other parts of the same step."""
 
 
 class NamedScoreResponse(Body):
     rewards: dict[str, RowRewards]
-    """By the reward's name, as asked for."""
+    """Results by the requested names of rewards."""
     version: str
-    """What scored the rows: send it with the other parts of the same step."""
+    """The version that scored the rows: send it with the other parts of the same step."""
 
 
 def respond(
     rewards: dict[str, Rewards], version: str, named: bool
 ) -> ScoreResponse | NamedScoreResponse:
-    """The answer to a request that names its rewards, or does not."""
+    """Return the answer, with rewards by name if the request has named them."""
     if named:
         by_name = {name: RowRewards.of(of) for name, of in rewards.items()}
         return NamedScoreResponse(rewards=by_name, version=version)

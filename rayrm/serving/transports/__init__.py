@@ -1,8 +1,7 @@
-"""How a client reaches a reward model: over a Serve handle, over HTTP, or in its own process.
+"""Define how a client reaches a reward model: over a Serve handle, over HTTP, or in its process.
 
-A transport finds what is served and sends it one chunk of rows. It says what became of the chunk by
-what it returns or raises; whether and when to send again is decided in sending.py. Knows nothing of
-steps.
+A Transport finds what is served and sends it one chunk of rows. Its result or exception tells what
+became of the chunk; sending.py decides whether and when to resend. Does not know how a step is cut.
 """
 
 from __future__ import annotations
@@ -18,24 +17,24 @@ from rayrm.serving.ticket import Caller, Ticket
 
 
 class Lost(Exception):
-    """The replica that had the chunk died before it answered."""
+    """The replica that held the chunk died before it answered."""
 
 
 class Away(Exception):
-    """The service cannot be reached for now, but could be before."""
+    """The service was reachable before, and temporarily is not."""
 
 
 class NoRoom(Exception):
-    """The chunk's bytes find no place on this machine for now."""
+    """The object store temporarily has no room for the chunk."""
 
 
 @dataclass(frozen=True)
 class Target:
     """What a step is sent to.
 
-    replicas: how many compute it. tokens_per_pack: of each, 0 where that is not known. version:
-    what the step is pinned to; "" where the first answer tells. rewards: names of those that are
-    wanted.
+    replicas: number of replicas that share it. tokens_per_pack: token budget of their packs, 0 if
+    unknown. version: the version that the step is pinned to, "" if the first answer decides it.
+    rewards: names of the requested rewards.
     """
 
     replicas: int
@@ -45,30 +44,30 @@ class Target:
 
 
 class Answer(NamedTuple):
-    """A chunk's rewards by name, and the version that the rest of the step is to be scored by."""
+    """A chunk's rewards by name, and the version that must score the rest of the step."""
 
     rewards: Mapping[str, Rewards]
     version: str
 
 
 class Transport(Protocol):
-    """A way to a reward model."""
+    """A connection to a reward model."""
 
     name: str
-    """Of what is at the other end, for messages."""
+    """What is at the other end, for messages."""
 
     def caller(self, name: str | None) -> Caller:
-        """Who calls. Raises ServiceError where that needs a connection which is not there."""
+        """Return the calling process. Raises ServiceError if Ray is needed and not initialized."""
 
     async def find(self, caller: Caller, rewards: tuple[str, ...], version: str) -> Target:
-        """What is served to that caller now; version: by this one, if it is not "".
+        """Return what is served to the caller now, pinned to `version` unless it is "".
 
-        Raises ServiceError, UnknownReward, or Away.
+        Raises ServiceError, VersionGone, UnknownReward or Away.
         """
 
     async def call(self, target: Target, chunk: Chunk, ticket: Ticket) -> Answer:
-        """The chunk's rewards.
+        """Send one chunk and return its rewards.
 
-        Raises Overloaded, VersionGone, UnknownReward or ServiceError as the service does, Lost,
-        Away or NoRoom where it did not hear of the chunk or could not answer.
+        Raises the service's Overloaded, VersionGone, UnknownReward or ServiceError; Lost, Away or
+        NoRoom if the chunk did not reach it or its answer was lost.
         """

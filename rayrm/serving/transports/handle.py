@@ -1,6 +1,7 @@
-"""The Serve handle as a transport: from a driver, an actor or another job of the cluster.
+"""Transport over a Serve handle, for drivers, tasks and actors of the cluster.
 
-Loads Ray Serve, which takes seconds, so it is imported when a client first calls.
+Imports Ray Serve, which takes seconds, so clients import this module at their first call. Does not
+know what replicas compute.
 """
 
 from __future__ import annotations
@@ -31,24 +32,24 @@ from rayrm.serving.record import read_record
 from rayrm.serving.ticket import Caller, Ticket
 from rayrm.serving.transports import Answer, Away, Lost, NoRoom, Target
 
-# The deployment that computes rewards; others of the application lead to it.
+# Name of the deployment that computes rewards; the application's other deployment calls it.
 REPLICA = "Replica"
 
-# What a call over a handle raises when its replica, or the replica's node, has died.
+# Raised by a call over a handle if its replica, or the replica's node, has died.
 DROPPED = (RayActorError, ObjectLostError)
 
-# A chunk's bytes find no place for now: others' objects will be freed.
+# Raised if the object store has no room for a chunk; other objects will be freed.
 FULL = (ObjectStoreFullError, OutOfDiskError)
 
-# How long the number of replicas is taken to stand: Serve needs some 30 ms to tell it.
+# Seconds that the number of replicas is cached: asking Serve takes about 30 ms.
 STATUS_SECONDS = 10.0
 
-# And that there is such an application: some milliseconds.
+# Seconds that the handle is cached: checking that the application exists takes some milliseconds.
 FOUND_SECONDS = 0.5
 
 
 class HandleTransport:
-    """Calls the replicas of the Serve application of that name."""
+    """Sends chunks to the replicas of the Serve application `app`."""
 
     def __init__(self, app: str) -> None:
         self.app = app
@@ -65,13 +66,13 @@ class HandleTransport:
         try:
             return await asyncio.to_thread(self._find, caller, rewards, version)
         except DROPPED as error:
-            raise Away(f"Serve's controller is away: {error}") from error
+            raise Away(f"Serve's controller cannot be reached: {error}") from error
 
     async def call(self, target: Target, chunk: Chunk, ticket: Ticket) -> Answer:
-        assert self._found, "a step is sent to what was found"
+        assert self._found, "call find() before call()"
         step, handle = ticket.step, self._found[0]
         context = replace(_get_serve_request_context(), request_id=f"{step}-{ticket.part}")
-        # Serve's own log lines name the step too.
+        # Serve's log lines then name the step too.
         _serve_request_context.set(context)  # type: ignore[arg-type]
         try:
             response: Any = handle.remote(chunk, ticket)
@@ -102,21 +103,21 @@ class HandleTransport:
         if (record := read_record(self.app)) is None:
             return Target(replicas, version=version, rewards=rewards)
         pack = record.config.tokens_per_pack
-        if (served := record.find(version, caller.name)) is None:  # replicas may hold it still
+        if (served := record.find(version, caller.name)) is None:  # replicas may still hold it
             return Target(replicas, pack, version, rewards)
         check_served(rewards, served.adapters)
         return Target(replicas, pack, served.pin, rewards)
 
     def _find_replicas(self) -> DeploymentHandle[Any]:
         try:
-            serve.get_app_handle(self.app)  # asks; the next one may be from this process's cache
+            serve.get_app_handle(self.app)  # asks Serve; get_deployment_handle may use a cache
             return to_score(serve.get_deployment_handle(REPLICA, self.app))
         except (RayServeException, KeyError):
             deployed = ", ".join(map(repr, serve.status().applications)) or "none"
             raise ServiceError(f"no {self.name}; deployed: {deployed}") from None
 
     def _running_replicas(self) -> int:
-        """How many replicas the application has, one at least, as of a few seconds ago."""
+        """Return the number of running replicas, at least 1; up to STATUS_SECONDS old."""
         count, until = self._replicas
         if time.time() > until:
             states = serve.status().applications[self.app].deployments[REPLICA].replica_states
@@ -126,9 +127,9 @@ class HandleTransport:
 
 
 def to_score(handle: DeploymentHandle[Any]) -> DeploymentHandle[Any]:
-    """A handle to replicas, set up to send them chunks."""
-    # RAY_SERVE_THROUGHPUT_OPTIMIZED would tie the router to one event loop, and send over gRPC,
-    # which refuses large payloads.
+    """Configure a handle to replicas for sending chunks, and return it."""
+    # Overrides RAY_SERVE_THROUGHPUT_OPTIMIZED, which ties the router to one event loop and sends
+    # over gRPC, which refuses large payloads.
     if not handle.is_initialized:
         handle._init(_run_router_in_separate_loop=True)
     return handle.options(method_name="score", _by_reference=True)

@@ -1,6 +1,7 @@
-"""HTTP as a transport: to an application with http.enabled, from outside of its cluster.
+"""Transport over HTTP, to an application with http.enabled, from outside its cluster.
 
-Loads neither Ray nor torch. What travels is POST /score; serving/http/score.py is the other end.
+Sends POST /score, which serving/http/score.py defines. Imports neither Ray nor torch. Does not know
+about replicas.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from rayrm.serving.chunk import Chunk
 from rayrm.serving.ticket import Caller, Ticket
 from rayrm.serving.transports import Answer, Away, Target
 
-# Seconds. An answer takes as long as its rows do, so only connecting has a limit of its own.
+# Timeout of connecting, in seconds. Scoring takes as long as its rows need and has no separate one.
 CONNECT_S = 10.0
 
-# What proxies say while there is nobody behind them.
+# Statuses that a proxy answers with while its backend is down.
 NOBODY_BEHIND = (502, 503, 504)
 
 
 class HttpTransport:
-    """Posts chunks to the application at a URL; the endpoint there spreads them over replicas.
+    """Posts chunks to the application at a URL; its endpoint distributes them over replicas.
 
-    So a step is cut here as for one replica, and neither the number of replicas nor the version
-    that is served is asked for: the first answer says by which version the others are scored.
+    A step is therefore cut as for one replica, and neither the number of replicas nor the version
+    is queried: the first answer decides which version scores the rest.
     """
 
     def __init__(self, url: str, token: str | None = None) -> None:
@@ -64,11 +65,11 @@ class HttpTransport:
             raise self._refusal(response)
         self._reached = True
         answer = response.json()
-        rewards = {name: from_json(of) for name, of in answer["rewards"].items()}
+        rewards = {name: from_json(named) for name, named in answer["rewards"].items()}
         return Answer(rewards, answer["version"])
 
     def _refusal(self, response: httpx2.Response) -> Exception:
-        """What the service raised, or would have to raise."""
+        """Return the exception that a response other than 200 stands for."""
         status = response.status_code
         try:
             failure = response.json()
@@ -77,6 +78,8 @@ class HttpTransport:
             if status in NOBODY_BEHIND and self._reached:
                 return Away(f"{self.url} answered {status}")
             kind, message = "", response.text[:200]
+        else:
+            self._reached = True  # a refusal of the service counts too
         if status == 429:
             return Overloaded(message, float(response.headers.get("retry-after", 1.0)))
         for known in (VersionGone, UnknownReward):
@@ -85,7 +88,7 @@ class HttpTransport:
         return ServiceError(f"{self.name} answered {status}: {message}")
 
     def _client(self) -> httpx2.AsyncClient:
-        """The connections of this event loop."""
+        """Return the HTTP client of this event loop."""
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
             headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
@@ -97,7 +100,7 @@ class HttpTransport:
 
 
 def body_of(target: Target, chunk: Chunk, ticket: Ticket) -> dict[str, Any]:
-    """A request to /score."""
+    """Return the body of a request to /score."""
     return {
         "rows": [as_json(row) for row in chunk.rows()],
         "tokenizer": chunk.tokenizer,
@@ -111,7 +114,7 @@ def body_of(target: Target, chunk: Chunk, ticket: Ticket) -> dict[str, Any]:
 
 
 def as_json(row: Row) -> dict[str, Any]:
-    """A row as /score takes it."""
+    """Convert a row to the JSON that /score accepts."""
     plain = {
         "prompt": _plain(row.prompt),
         "response": _plain(row.response),
@@ -125,7 +128,7 @@ def _plain(value: Any) -> Any:
 
 
 def from_json(of: dict[str, Any]) -> Rewards:
-    """Rewards as /score gives them."""
+    """Convert an answer of /score, or one named entry of it, to Rewards."""
     values = [np.nan if value is None else value for value in of["values"]]
     return Rewards(
         np.array(values, dtype=np.float32),

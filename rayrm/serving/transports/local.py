@@ -1,4 +1,4 @@
-"""A reward model of this process as a transport, for tests and notebooks."""
+"""Transport to a reward model in this process, for tests and notebooks. Does not know about Ray."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class LocalTransport:
-    """Scores chunk by chunk on threads of this process, one at a time."""
+    """Scores chunks on threads of this process, one chunk at a time."""
 
     def __init__(self, model: RewardModel) -> None:
         self.model = model
-        self.name = f"the model {model.version} of this process"
+        self.name = f"the model {model.version} in this process"
         self._computing = threading.Lock()
 
     def caller(self, name: str | None) -> Caller:
@@ -31,7 +31,7 @@ class LocalTransport:
     async def find(self, caller: Caller, rewards: tuple[str, ...], version: str) -> Target:
         check_served(rewards, self.model.adapters)
         if version and version != self.model.version:
-            raise VersionGone(f"{version} is not served; {self.model.version} is")
+            raise VersionGone(f"version {version} is not served; {self.model.version} is")
         return Target(1, self.model.tokens_per_pack, self.model.version, rewards)
 
     async def call(self, target: Target, chunk: Chunk, ticket: Ticket) -> Answer:
