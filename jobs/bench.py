@@ -1,11 +1,12 @@
-"""rayrm beside its peers: the same work in the same run, in turns, medians, ratios first.
+"""Benchmark rayrm against TRL, vLLM and transformers on the same work, and print ratios.
 
     jobs/bench.py [WORKLOAD …] [--pairs FILE] [--ranked FILE] [--repeats 3] [--device cuda]
 
-Every side is a process of its own, so that its peak memory is its own, and they take turns. Peers
-live in jobs/peers/ and, where they need one, in an environment of their own (`make bench` creates
-them). A ratio counts only where rewards or losses agree with ours; a peer that is missing or fails
-is reported as absent. Prints tables, writes figures.json and bench.png.
+Each side runs in a separate process, so that its peak memory is measured alone. The sides take
+turns, and a figure is the median of the repeats. The scripts of the peers are in jobs/peers/;
+`make bench` creates a separate environment for those that need one. A ratio is given only if the
+peer's rewards or losses agree with rayrm's; a peer that is missing or fails is reported as absent.
+Prints tables, and writes figures.json and bench.png.
 """
 
 from __future__ import annotations
@@ -60,9 +61,11 @@ from rayrm.training.setup import load_model
 HERE = Path(__file__).parent
 BASE = "SmolLM2-135M-Instruct"
 PYTHON = {peer: HERE.parent / f".venv-{peer}" / "bin" / "python" for peer in ("trl", "vllm")}
-# In bf16 rewards differ by some hundredths of their spread; a wrong row differs by one.
+# Minimum correlation of rewards that agree. In bf16 they differ by some hundredths of a standard
+# deviation; the reward of a wrong row differs by a whole one.
 AGREE = 0.99
-# Of the loss before any update: bf16 moves a mean over 6 to 16 pairs by about 0.01.
+# Maximum difference of the losses before any update: bf16 moves a mean over 6 to 16 pairs by about
+# 0.01.
 SAME_LOSS = 0.03
 TOKENS_PER_MICRO_BATCH = 2048
 TOKENS_OF_CEILING = 2048
@@ -75,7 +78,7 @@ Figures = dict[str, Any]
 
 @dataclass
 class Side:
-    """A process that answers a line of JSON for every question, and what it answered."""
+    """A process that answers each question with a line of JSON, and its answers so far."""
 
     name: str
     process: subprocess.Popen[str]
@@ -93,14 +96,14 @@ class Side:
         return cls(name, process)
 
     def ask(self, question: Figures) -> bool:
-        """False where the process is gone."""
+        """Send a question and store the answer; return False if the process has ended."""
         assert self.process.stdin and self.process.stdout
         try:
             print(json.dumps(question), file=self.process.stdin, flush=True)
         except BrokenPipeError:
             return False
         for line in self.process.stdout:
-            if line.startswith("{"):  # libraries print lines of their own
+            if line.startswith("{"):  # libraries print other lines
                 self.answers.append(json.loads(line))
                 return True
         return False
@@ -114,7 +117,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Step:
-    """Rows of a scoring workload: each row's prompt, and the row, as ids."""
+    """Rows of a scoring workload as token ids.
+
+    prompts: the prompt of each row. rows: prompt and response of each row.
+    """
 
     name: str
     prompts: list[Ids]
@@ -134,7 +140,7 @@ class Step:
         ]
 
     def save(self, directory: Path) -> Figures:
-        """The question to a side."""
+        """Write the rows to files, and return the question to a side: the files' paths."""
         question = {}
         for key, value in (("rows", self.rows), ("prompts", self.prompts)):
             file = directory / f"{self.name}.{key}.json"
@@ -147,7 +153,7 @@ class Step:
 
 
 def grpo(name: str, groups: int, responses: int, vocabulary: int) -> Step:
-    """Prompt lengths lognormal around 256 tokens, responses around 128, ids at random."""
+    """Return random ids with lognormal lengths: prompts around 256 tokens, responses around 128."""
     rng = np.random.default_rng(7)
     prompts, rows = [], []
     for _ in range(groups):
@@ -160,7 +166,7 @@ def grpo(name: str, groups: int, responses: int, vocabulary: int) -> Step:
 
 
 def long_prompts(name: str, groups: int, responses: int, vocabulary: int) -> Step:
-    """Prompts of 1024 tokens and responses of 256."""
+    """Return random ids: prompts of 1024 tokens, responses of 256."""
     rng = np.random.default_rng(7)
     prompts, rows = [], []
     for _ in range(groups):
@@ -234,9 +240,9 @@ def scoring_figures(step: Step, present: Sequence[Side], ceiling: float) -> Figu
 
 
 def matrix_products(model: Path, tokens: int, passes: int) -> float:
-    """Seconds of the backbone's matrix products alone for that many tokens, bf16.
+    """Return the seconds that the backbone's matrix products alone take for `tokens` in bf16.
 
-    passes: 1 for a forward, 3 for a forward and a backward.
+    passes: 1 for a forward pass, 3 for a forward and a backward pass.
     """
     c = AutoConfig.from_pretrained(model)
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
@@ -259,7 +265,7 @@ def matrix_products(model: Path, tokens: int, passes: int) -> float:
 
 
 def side_score(model: str) -> None:
-    """RewardModel, in a process of its own like the peers it is measured beside."""
+    """Score with RewardModel, in a separate process like the peers."""
     torch.set_num_threads(os.cpu_count() or 1)
     reward_model = RewardModel.load(model, "cpu", "bfloat16", max_length=2048)
     for line in sys.stdin:
@@ -277,7 +283,7 @@ def side_score(model: str) -> None:
 def bench_training(
     name: str, file: str | None, per_step: int, start: Path, args: argparse.Namespace
 ) -> Figures:
-    """Optimizer steps of per_step groups, ours each prompt once, TRL on the same pairs padded."""
+    """Time optimizer steps of per_step groups; TRL pads the same pairs."""
     steps = 3
     data = preferences(file, name == "train-ranked", start, args.directory)
     groups = alike(data, ranked=name == "train-ranked")[: steps * per_step]
@@ -317,7 +323,10 @@ def bench_training(
 
 
 def alike(data: PreferenceData, ranked: bool) -> list[PreferenceGroup]:
-    """Groups of one pair, or of the commonest number of pairs above one: TRL's steps are alike."""
+    """Return the groups of one pair, or if `ranked` those of the most common larger number.
+
+    TRL's steps then all have the same number of pairs.
+    """
     groups = [data[i] for i in range(len(data))]
     counts = Counter(group.pairs for group in groups if (group.pairs > 1) == ranked)
     if not counts:
@@ -327,7 +336,7 @@ def alike(data: PreferenceData, ranked: bool) -> list[PreferenceGroup]:
 
 
 def training_figures(runs: dict[str, list[Figures]], pairs: list[int], ceiling: float) -> Figures:
-    """The first step of a run is its warm-up."""
+    """Return the figures of each side; the first step of a run is warm-up and not counted."""
     sides = {}
     per_run = {name: [sum(run["seconds"][1:]) for run in r] for name, r in runs.items()}
     ours = statistics.median(per_run["rayrm"])
@@ -348,7 +357,10 @@ def training_figures(runs: dict[str, list[Figures]], pairs: list[int], ceiling: 
 
 
 def preferences(file: str | None, ranked: bool, start: Path, directory: Path) -> PreferenceData:
-    """Groups of ids from a file of preferences, by default generated: a pair or all of a prompt."""
+    """Encode a file of preferences, by default generated ones.
+
+    ranked: generate all pairs of a prompt instead of one.
+    """
     if file is None:
         records, _ = generate(0, 200, 0)
         if not ranked:
@@ -366,7 +378,7 @@ def preferences(file: str | None, ranked: bool, start: Path, directory: Path) ->
 
 
 def save_groups(groups: Sequence[PreferenceGroup], path: Path) -> tuple[Path, Path]:
-    """For us groups of rows and the pairs of them, for TRL every pair's rows."""
+    """Write the groups as rows and pairs of indices (rayrm), and as the rows of each pair (TRL)."""
     ours, theirs = path.with_suffix(".groups.jsonl"), path.with_suffix(".pairs.jsonl")
     with ours.open("w") as grouped, theirs.open("w") as paired:
         for group in groups:
@@ -379,7 +391,7 @@ def save_groups(groups: Sequence[PreferenceGroup], path: Path) -> tuple[Path, Pa
 
 
 def run_once(command: Sequence[object], log: Path) -> Figures | None:
-    """What a program prints in its last line; None where it fails."""
+    """Run a program and return the JSON in its last line, None if it fails."""
     environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
     with log.open("w") as errors:
         run = subprocess.run(
@@ -393,7 +405,7 @@ def run_once(command: Sequence[object], log: Path) -> Figures | None:
 
 
 def side_train(start: str, file: str, per_step: str) -> None:
-    """The bare loop: packs, loss and optimizer as in a rank of a run, without Ray and DeepSpeed."""
+    """Train in a bare loop: a rank's packs, loss and optimizer, without Ray and DeepSpeed."""
     torch.set_num_threads(os.cpu_count() or 1)
     model, _, _ = load_base(start)
     net = RewardNet(model, torch.bfloat16).train()
@@ -443,9 +455,9 @@ def read_group(record: Figures) -> PreferenceGroup:
 
 
 def bench_zero(start: Path, args: argparse.Namespace) -> Figures:
-    """The bare loop, one worker of Ray Train, two workers with ZeRO 1 to 3: one global batch.
+    """Time the bare loop, one Ray Train worker, and two workers with ZeRO 1 to 3, on equal batches.
 
-    A run's steps have the same pairs in another order, so what counts is the mean of all of them.
+    A run takes the same pairs in another order, so the mean over all its steps is compared.
     """
     file = head_of(args.pairs, 16 * STEPS_OF_A_FIT, args.directory) if args.pairs else None
     data = preferences(file, False, start, args.directory)
@@ -487,7 +499,7 @@ def bench_zero(start: Path, args: argparse.Namespace) -> Figures:
 
 
 def head_of(file: str, records: int, directory: Path) -> str:
-    """A file of the first of the file's records."""
+    """Write the first `records` of a file to another file, and return its path."""
     [(_, rows)] = open_sources(file, "train", [])
     head = directory / "head.jsonl"
     head.write_text("".join(json.dumps(row) + "\n" for _, row in islice(rows, records)))
@@ -495,7 +507,7 @@ def head_of(file: str, records: int, directory: Path) -> str:
 
 
 def side_fit(start: str, file: str, workers: str, stage: str, run: str) -> None:
-    """A run of Ray Train on the same pairs."""
+    """Train with `fit` on the same pairs."""
     shutil.rmtree(run, ignore_errors=True)
     config = TrainConfig(
         name="fit",
@@ -511,11 +523,11 @@ def side_fit(start: str, file: str, workers: str, stage: str, run: str) -> None:
     answer(seconds=[step["seconds"] for step in result.history])
 
 
-# Strict mode
+# Deterministic scoring
 
 
 def bench_strict(start: Path, args: argparse.Namespace) -> Figures:
-    """What deterministic costs on the rows of score-grpo-16x8, and what it keeps, in turns."""
+    """Measure what `deterministic` costs on score-grpo-16x8, and count rewards that change."""
     command = [sys.executable, __file__, "--side", "strict", start, str(args.repeats)]
     figures = run_once(command, args.directory / "strict.log")
     if figures is None:
@@ -524,16 +536,16 @@ def bench_strict(start: Path, args: argparse.Namespace) -> Figures:
     loose, strict = (statistics.median(figures["seconds"][m]) for m in ("loose", "strict"))
     figures["ratio"] = strict / loose
     print(
-        f"\nstrict  {figures['ratio']:.2f} x the seconds with deterministic ({strict:.1f} against "
-        f"{loose:.1f}); in another order {figures['moved']['strict']} of {figures['rows']} rewards "
-        f"have other bits, without it {figures['moved']['loose']}",
+        f"\nstrict  deterministic takes {figures['ratio']:.2f} x the seconds ({strict:.1f} instead "
+        f"of {loose:.1f}); with rows reordered, the bits of {figures['moved']['strict']} of "
+        f"{figures['rows']} rewards change, without deterministic {figures['moved']['loose']}",
         flush=True,
     )
     return figures
 
 
 def side_strict(start: str, repeats: str) -> None:
-    """The same rows in an order of its own each time, with and without deterministic."""
+    """Score the same rows in a new order each time, with and without `deterministic`."""
     torch.set_num_threads(os.cpu_count() or 1)
     models = {
         name: RewardModel.load(start, "cpu", "bfloat16", max_length=2048, deterministic=mode)
@@ -564,7 +576,7 @@ def side_strict(start: str, repeats: str) -> None:
 
 
 def bench_serving(start: Path, args: argparse.Namespace) -> Figures:
-    """A step through RewardClient and one replica against the model in this process, in turns."""
+    """Time a step through RewardClient and one replica, and in process, alternately."""
     command = [sys.executable, __file__, "--side", "serve", start, str(args.repeats)]
     figures = run_once(command, args.directory / "serve.log")
     if figures is None:
@@ -573,9 +585,9 @@ def bench_serving(start: Path, args: argparse.Namespace) -> Figures:
     medians = {key: statistics.median(values) for key, values in figures["served"].items()}
     figures["share"] = medians["in process"] / medians["one replica"]
     print(
-        f"\nserve-path  {figures['share']:.2f} of the rewards/s in process; chunks of 1024 rows of "
-        f"1000 ids to a stub {1000 * medians['stub']:.0f} ms, one call per row "
-        f"{medians['stub, one call per row'] / medians['stub']:.0f} x"
+        f"\nserve-path  one replica: {figures['share']:.2f} of the rewards/s in process; 1024 rows "
+        f"of 1000 ids to a stub in chunks: {1000 * medians['stub']:.0f} ms; with one call per row: "
+        f"{medians['stub, one call per row'] / medians['stub']:.0f} x that"
     )
     return figures
 
@@ -592,7 +604,7 @@ def side_serve(start: str, repeats: str) -> None:
             max_length=2048,
             cpus_per_replica=cpus,
             hang_timeout_s=600,
-            cache_bytes=0,  # the same rows come several times
+            cache_bytes=0,  # the same rows are sent several times
         )
     )
     step = grpo("serve-path", 8, 8, model.net.model.config.vocab_size)
@@ -613,7 +625,7 @@ def side_serve(start: str, repeats: str) -> None:
 
 
 class Sleeping(Replica):
-    """A replica whose model takes its time and computes nothing."""
+    """A replica whose model sleeps instead of computing."""
 
     def _load(self, config: ServeConfig) -> RewardModel:
         model = super()._load(config)
@@ -627,7 +639,7 @@ class Sleeping(Replica):
 
 
 def bench_replicas(start: Path, args: argparse.Namespace) -> Figures:
-    """The same rows for each replica: two that compute on a core each, up to eight that sleep."""
+    """Time equal work per replica: up to two replicas that compute, up to eight that sleep."""
     command = [sys.executable, __file__, "--side", "replicas", start, str(args.repeats)]
     figures = run_once(command, args.directory / "replicas.log")
     if figures is None:
@@ -637,8 +649,8 @@ def bench_replicas(start: Path, args: argparse.Namespace) -> Figures:
         medians = {int(n): statistics.median(s) for n, s in seconds.items()}
         speedups = {n: n * medians[1] / s for n, s in medians.items()}
         figures[kind] = speedups
-        told = ", ".join(f"{n}: {speedup:.2f} x" for n, speedup in speedups.items())
-        print(f"\nserve-replicas  {kind}  {told} the rewards/s of one", flush=True)
+        line = ", ".join(f"{n}: {speedup:.2f} x" for n, speedup in speedups.items())
+        print(f"\nserve-replicas  {kind}  {line} the rewards/s of one", flush=True)
     return figures
 
 
@@ -667,7 +679,7 @@ def side_replicas(start: str, repeats: str) -> None:
 
 
 class Stub:
-    """A replica whose model takes no time."""
+    """A replica that returns zeros at once."""
 
     async def score(self, chunk: Chunk, ticket: Ticket) -> dict[str, Rewards]:
         n = len(chunk.rows())
@@ -677,7 +689,7 @@ class Stub:
 
 
 def stub_seconds(repeats: int) -> dict[str, list[float]]:
-    """1024 rows of 1000 ids to a replica whose model answers at once: what the way there costs."""
+    """Time sending 1024 rows of 1000 ids to a Stub: the overhead of the transport."""
     stub: Any = serve.deployment(name=REPLICA, max_ongoing_requests=10_000)(Stub)
     serve.run(stub.bind(), name="stub", route_prefix=None)
     client = RewardClient("stub")
@@ -688,7 +700,7 @@ def stub_seconds(repeats: int) -> dict[str, list[float]]:
     ticket = Ticket("step", "0", this_caller())
     client.score(prompts[:8], responses[:8], tokenizer="stub")
     seconds: dict[str, list[float]] = {"stub": [], "stub, one call per row": []}
-    for _ in range(5 * repeats):  # milliseconds each, and the first are of a cold process
+    for _ in range(5 * repeats):  # each takes milliseconds, and the first ones hit a cold process
         started = time.perf_counter()
         client.score(prompts, responses, tokenizer="stub")
         seconds["stub"].append(time.perf_counter() - started)
@@ -713,7 +725,7 @@ def single_row(prompt: Any, response: Any) -> Chunk:
 
 
 def bench_on_gpu(args: argparse.Namespace) -> None:
-    """jobs/bench_gpu.py on the rows of score-grpo-16x8."""
+    """Run jobs/bench_gpu.py on the rows of score-grpo-16x8."""
     question = STEPS["score-grpo-16x8"](49152).save(args.directory)
     figures = args.directory / "figures-gpu.json"
     command = [
@@ -728,7 +740,7 @@ def bench_on_gpu(args: argparse.Namespace) -> None:
     subprocess.run(command, env=environment, check=True)
 
 
-# What all sides and workloads share
+# Shared by all sides and workloads
 
 
 def answer(**figures: Any) -> None:
@@ -737,7 +749,7 @@ def answer(**figures: Any) -> None:
 
 
 def write_start(base: str, directory: Path) -> Path:
-    """The model of every side: the base with a new head, in fp32; sides round it to bf16."""
+    """Write the model of all sides, the base with a new head in fp32; they round it to bf16."""
     start = directory / "start"
     model, tokenizer, _ = load_base(base)
     save_weights(model, model.state_dict(), start, torch.float32)
@@ -779,7 +791,7 @@ def plot(workloads: Figures, file: Path) -> None:
     axes.bar_label(drawn, fmt="%.2f x", padding=3)
     axes.axvline(1, color="#444444", linewidth=1)
     axes.invert_yaxis()
-    axes.set_xlabel("times as fast as the peer, in the same run")
+    axes.set_xlabel("speed relative to the peer, in the same run")
     figure.savefig(file, dpi=120)
 
 
@@ -790,17 +802,21 @@ WORKLOADS = [*STEPS, *TRAINING, "train-zero", "strict", "serve-path", "serve-rep
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=", ".join(WORKLOADS))
-    parser.add_argument("--model", type=at_home, default=BASE, help="the base of all sides")
-    parser.add_argument("--pairs", type=at_home, help="preferences for train-pairs and train-zero")
-    parser.add_argument("--ranked", type=at_home, help="rankings for train-ranked")
+    parser.add_argument("--model", type=at_home, default=BASE, help="base model of all sides")
+    parser.add_argument(
+        "--pairs", type=at_home, help="preference file for train-pairs and train-zero"
+    )
+    parser.add_argument("--ranked", type=at_home, help="ranking file for train-ranked")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--directory", type=local_path, default=Path("runs/bench"))
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: bench_gpu.py"
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: run bench_gpu.py"
     )
     args = parser.parse_args()
     if unknown := set(args.workloads) - set(WORKLOADS):
-        parser.error(f"no workload {', '.join(sorted(unknown))}: {', '.join(WORKLOADS)}")
+        parser.error(
+            f"unknown workload {', '.join(sorted(unknown))}; known: {', '.join(WORKLOADS)}"
+        )
     names = args.workloads or WORKLOADS
     args.directory.mkdir(parents=True, exist_ok=True)
     if args.device == "cuda":

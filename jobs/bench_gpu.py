@@ -1,10 +1,10 @@
-"""rayrm on a GPU beside padded transformers: random weights in the shapes of Llama and Qwen.
+"""Benchmark rayrm on a GPU against padded transformers, with random Llama and Qwen weights.
 
-    jobs/bench.py --device cuda, which runs this: jobs/bench_gpu.py ROWS PROMPTS FIGURES
+    jobs/bench_gpu.py ROWS PROMPTS FIGURES    (run by jobs/bench.py --device cuda)
 
-Tokens per second when scoring a step of groups and when training on pairs, and the share of the
-device's measured bf16 matrix rate that they are. Speed depends on shapes alone, so nothing is
-downloaded; rewards of the two sides are compared all the same. Knows nothing of Ray.
+Measures tokens per second of scoring a step of groups and of training on pairs, also as a share of
+the device's measured bf16 matmul rate. Speed depends on shapes alone, so nothing is downloaded; the
+rewards of both sides are still compared. Does not know about Ray.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ SHAPES = {
 VOCABULARY = 49152
 TOKENS_PER_PACK = 16384
 BATCH = 16
-# fp32 weights, gradients and Adam of a larger one leave no room for activations.
+# Parameters. The fp32 weights, gradients and Adam state of a larger model leave no room for
+# activations.
 LARGEST_TRAINED = 2e9
 SAME_ORDER = 0.99
 
@@ -48,7 +49,7 @@ SAME_ORDER = 0.99
 def bench_gpu(
     rows: Sequence[list[int]], groups: Sequence[TokenGroup], device: str, repeats: int
 ) -> Figures:
-    """Figures of every shape; rows and groups are the same step."""
+    """Return the figures of every shape; `rows` and `groups` are the same step."""
     rate = matrix_rate(torch.device(device))
     print(f"\nmatrix products in bf16: {rate / 1e12:.1f} TFLOP/s\n\n{HEADER}")
     figures: Figures = {"matrix_flops_per_second": rate}
@@ -57,7 +58,7 @@ def bench_gpu(
         model = model.to(device).eval()
         parameters = sum(p.numel() for p in model.base_model.layers.parameters())
         of_shape = bench_scoring(model, rows, groups, repeats, 2 * parameters / rate)
-        del model  # its memory is wanted
+        del model  # training needs its memory
         if parameters < LARGEST_TRAINED:
             net = RewardNet(make_model(family, shape, torch.float32), torch.bfloat16).to(device)
             of_shape |= bench_training(net, groups, repeats, 6 * parameters / rate)
@@ -74,13 +75,16 @@ def bench_scoring(
     repeats: int,
     seconds_per_token: float,
 ) -> Figures:
-    """Packed and padded in turns; seconds_per_token: of the matrix products alone."""
+    """Time packed and padded scoring alternately.
+
+    seconds_per_token: seconds of the matrix products alone.
+    """
     net = RewardNet(model).for_scoring()
     sides: dict[str, Callable[[], list[float]]] = {
         "packed": lambda: score_packs(net, groups),
         "padded": lambda: score_padded(model, rows),
     }
-    given = {name: side() for name, side in sides.items()}  # warms up, too
+    given = {name: side() for name, side in sides.items()}  # also warms up
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, side in sides.items():
@@ -100,7 +104,7 @@ def bench_scoring(
 def bench_training(
     net: RewardNet, groups: Sequence[TokenGroup], repeats: int, seconds_per_token: float
 ) -> Figures:
-    """Optimizer steps on pairs: each group's first two responses; fp32 weights, bf16 autocast."""
+    """Time optimizer steps on each group's first two responses; fp32 weights, bf16 autocast."""
     device = net.model.device.type
     net.train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
@@ -125,14 +129,14 @@ def bench_training(
 
 
 def all_pairs(count: int, device: str) -> Pairs:
-    """The first of every two rewards is the chosen one."""
+    """Return `count` pairs of consecutive rewards, the first of each two being the chosen one."""
     chosen = torch.arange(count, device=device) * 2
     ones = torch.ones(count, device=device)
     return Pairs(chosen, chosen + 1, torch.zeros_like(ones), ones, chosen // 2, ones, ones < 0)
 
 
 def score_packs(net: RewardNet, groups: Sequence[TokenGroup]) -> list[float]:
-    """Rewards in the order of the groups' rows."""
+    """Return the rewards in the order of the groups' rows."""
     rewards: dict[int, list[float]] = {}
     with torch.inference_mode():
         for plan in plan_packs([group.tokens for group in groups], TOKENS_PER_PACK):
@@ -144,7 +148,7 @@ def score_packs(net: RewardNet, groups: Sequence[TokenGroup]) -> list[float]:
 
 @torch.inference_mode()
 def score_padded(model: PreTrainedModel, rows: Sequence[list[int]]) -> list[float]:
-    """Rewards by transformers' own forward with SDPA, in batches padded on the right."""
+    """Return rewards from transformers' forward pass with SDPA, in batches padded on the right."""
     rewards: list[float] = []
     for at in range(0, len(rows), BATCH):
         batch = [torch.tensor(row) for row in rows[at : at + BATCH]]
@@ -179,7 +183,7 @@ def make_model(family: str, shape: tuple[int, ...], dtype: torch.dtype) -> PreTr
 
 
 def matrix_rate(device: torch.device, size: int = 8192, passes: int = 20) -> float:
-    """Floating-point operations per second of large products in bf16; on CPU small ones do."""
+    """Return the floating-point operations per second of bf16 matmuls, on CPU of smaller ones."""
     size = size if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     taken = [timed(lambda: torch.mm(a, b), device.type) for _ in range(passes)]
@@ -187,7 +191,7 @@ def matrix_rate(device: torch.device, size: int = 8192, passes: int = 20) -> flo
 
 
 def timed(what: Callable[[], object], device: str) -> float:
-    """Seconds until its results are there."""
+    """Return the seconds that `what` takes, waiting for the GPU included."""
     finish: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else lambda: None
     finish()
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Evaluate an export, as `rayrm evaluate` does: python jobs/evaluate.py EXPORT DATA…"""
+"""Run `rayrm evaluate` as a job: python jobs/evaluate.py EXPORT DATA…"""
 
 from __future__ import annotations
 

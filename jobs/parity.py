@@ -1,9 +1,9 @@
-"""The same training in rayrm and in TRL: 20 fp32 steps of 4 pairs, losses and rewards side by side.
+"""Compare training in rayrm and TRL: losses and final rewards of 20 fp32 steps of 4 pairs.
 
-Both start from one checkpoint with one head and see the same token ids in the same order. rayrm
-runs as it always does: Ray Train, two workers, ZeRO-2, each prompt computed once. TRL's
-RewardTrainer pads pairs in one process, in an environment of its own (`make parity` creates it).
-Exits with 1 where losses differ by more than 1e-3 or final rewards by more than 1e-2.
+Both start from the same checkpoint, head included, and see the same token ids in the same order.
+rayrm uses Ray Train with two workers and ZeRO-2, and computes each prompt once. TRL's RewardTrainer
+pads the pairs in one process, in a separate environment that `make parity` creates. Exits with 1 if
+losses differ by more than 1e-3 or final rewards by more than 1e-2.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ HERE = Path(__file__).parent
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--model", type=at_home, default="SmolLM2-135M-Instruct", help="the base of both"
+        "--model", type=at_home, default="SmolLM2-135M-Instruct", help="base model of both"
     )
     parser.add_argument(
-        "--directory", type=local_path, default=Path("runs/parity"), help="made anew"
+        "--directory", type=local_path, default=Path("runs/parity"), help="for files; emptied first"
     )
     args = parser.parse_args()
     shutil.rmtree(args.directory, ignore_errors=True)
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def write_pairs(file: Path) -> Path:
-    """One pair of each of the first prompts of the generated preferences."""
+    """Write one pair for each of the first prompts of the generated preferences."""
     records, _ = generate(0, STEPS * PAIRS, 0)
     first = {record["prompt"][0]["content"]: record for record in reversed(records)}
     file.write_text("".join(json.dumps(record) + "\n" for record in first.values()))
@@ -88,7 +88,7 @@ def make_config(model: str, pairs: Path, directory: Path) -> TrainConfig:
 
 
 def write_start(config: TrainConfig, directory: Path) -> tuple[Path, PreferenceData]:
-    """The checkpoint that both start from, with its head, and the pairs as ids."""
+    """Write the checkpoint that both start from, head included; return it and the encoded pairs."""
     model, template = load_model(config)
     save_weights(model, model.state_dict(), directory, model.dtype)
     template.tokenizer.save_pretrained(directory)
@@ -97,7 +97,7 @@ def write_start(config: TrainConfig, directory: Path) -> tuple[Path, PreferenceD
 
 
 def in_order(config: TrainConfig, data: PreferenceData) -> list[list[list[int]]]:
-    """[chosen, rejected] ids of every pair, in the order in which rayrm trains on them."""
+    """Return the [chosen, rejected] ids of every pair, in the order that rayrm trains in."""
     train = config.train
     schedule = Schedule(
         len(data), train.groups_per_step, train.epochs, train.seed, data.fingerprint
@@ -107,7 +107,7 @@ def in_order(config: TrainConfig, data: PreferenceData) -> list[list[list[int]]]
 
 
 def train_with_trl(config: TrainConfig, data: PreferenceData, file: Path) -> dict[str, Any]:
-    """Losses by step and final rewards [pairs, 2] from TRL's RewardTrainer."""
+    """Train with TRL's RewardTrainer; return each step's loss and the final rewards [pairs, 2]."""
     keys = ("chosen_ids", "rejected_ids")
     lines = [json.dumps(dict(zip(keys, pair, strict=True))) for pair in in_order(config, data)]
     file.write_text("\n".join(lines))
@@ -123,14 +123,17 @@ def train_with_trl(config: TrainConfig, data: PreferenceData, file: Path) -> dic
 
 
 def score(export: str, pairs: list[list[list[int]]]) -> np.ndarray[Any, Any]:
-    """Rewards [pairs, 2] from the export, packed."""
+    """Return the export's rewards [pairs, 2], computed in packs."""
     model = RewardModel.load(export, dtype="float32")
     rows = [TokenGroup.from_rows([np.array(ids, dtype=np.int32) for ids in p]) for p in pairs]
     return np.array(model.score_groups(rows))
 
 
 def report(losses: np.ndarray[Any, Any], rewards: np.ndarray[Any, Any]) -> int:
-    """Print both, and return the exit code."""
+    """Print the comparison and return the exit code.
+
+    losses: [2, steps]. rewards: [2, pairs, 2]. Index 0 is rayrm, 1 is TRL.
+    """
     print(f"\n{'step':>4}{'rayrm':>12}{'TRL':>12}{'difference':>14}")
     for step, (ours, theirs) in enumerate(losses.T, 1):
         print(f"{step:>4}{ours:>12.6f}{theirs:>12.6f}{abs(ours - theirs):>14.1e}")

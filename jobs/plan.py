@@ -1,4 +1,4 @@
-"""Plan the GPUs of a PPO run, as `rayrm plan` does: python jobs/plan.py [--gpus 8 32 64] …"""
+"""Run `rayrm plan` as a job: python jobs/plan.py [--gpus 8 32 64] …"""
 
 from __future__ import annotations
 

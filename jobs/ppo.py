@@ -1,13 +1,13 @@
-"""PPO on the reward service: policy and critic learn here, rewards come from RewardClient.
+"""Train a policy and a critic with PPO; rewards come from the service through RewardClient.
 
     jobs/ppo.py EXPORT [--policy BASE] [--seed 0] [--steps 20] [--directory runs/ppo]
 
-Rollout workers sample responses to the sample's questions, hand the step to the service, and sample
-the next while its rewards are computed. So what is learned from is one update old, and is weighed
-by the log-probabilities that it was sampled with (Schulman et al. 2017, arXiv:1707.06347). The
-critic starts as the reward model. Before and after, responses to held-out prompts are scored, and
-judged by what each question demands, which nothing here learns from: see jobs/ppo_report.py. Knows
-nothing of how rewards are computed, of replicas that die or versions that change.
+Rollout workers sample responses to the questions of the quickstart, send the step to the service,
+and sample the next step while its rewards are computed. So the samples are one update old, and the
+probability ratio uses the log-probabilities that they were sampled with (Schulman et al. 2017,
+arXiv:1707.06347). The critic starts from the reward model. Before and after training, responses to
+held-out prompts are scored, and their latent quality is judged, which training does not use: see
+jobs/ppo_report.py. Does not know how rewards are computed, that replicas die or versions change.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Settings:
-    """Lengths in tokens; rewards in standard deviations from the mean of the held-out ones."""
+    """Settings of a run.
+
+    Lengths are in tokens, rewards in standard deviations from the mean of the held-out rewards.
+    """
 
     export: str
     policy: str = DEFAULT_BASE
@@ -63,12 +66,12 @@ class Settings:
     learning_rate: float = 1e-4
     clip: float = 0.2
     kl_penalty: float = 0.05
-    unfinished_reward: float = -1.5  # a reward model has only seen whole responses
+    unfinished_reward: float = -1.5  # reward models have only seen complete responses
     gae_lambda: float = 0.95
     held_out: int = 128
     device: str = "cpu"
-    dtype: str = "auto"  # what the device is fast in
-    reward_mean: float = 0.0  # of the held-out rewards, raw
+    dtype: str = "auto"  # the dtype that the device is fast in
+    reward_mean: float = 0.0  # of the raw held-out rewards, like reward_std
     reward_std: float = 1.0
 
 
@@ -76,9 +79,9 @@ class Settings:
 class Rollout:
     """B rows: prompts padded on the left, then responses, padded on the right to R tokens.
 
-    ids, mask: int64 [B, prompt + R], mask 0 at padding; kept: bool [B, R], that of the responses.
-    old, reference: float32 [B, R], log-probs under the policy that sampled and the reference.
-    finished: bool [B], False where cut off. waited: seconds of only waiting for rewards.
+    ids, mask: int64 [B, prompt + R]; mask is 0 at padding. kept: bool [B, R], mask of the
+    responses. old, reference: float32 [B, R], log-probabilities under the sampling policy and the
+    reference. finished: bool [B], False if cut off. waited: seconds spent only waiting for rewards.
     """
 
     ids: Tensor
@@ -91,30 +94,30 @@ class Rollout:
     waited: float = 0.0
 
     def rows(self) -> list[list[list[int]]]:
-        """Prompts and responses as token ids, without padding."""
+        """Return prompts and responses as token ids, without padding."""
         ids = self.ids.where(self.mask.bool(), -1).tensor_split([-self.kept.shape[1]], dim=1)
         return [[row[row >= 0].tolist() for row in part] for part in ids]
 
 
 def forward(model: Any, ids: Tensor, mask: Tensor, **options: Any) -> Any:
-    """Logits of every token, [B, T, ·]."""
+    """Return the logits of every token, [B, T, outputs]."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     return model(ids, attention_mask=mask, position_ids=positions, **options).logits
 
 
 def autocast(settings: Settings) -> torch.autocast:
-    """The forward in bfloat16 where that is what is computed in."""
+    """Return the context of a forward pass: bf16 autocast if settings.dtype is bfloat16."""
     return torch.autocast(settings.device, torch.bfloat16, enabled=settings.dtype == "bfloat16")
 
 
 def log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """Of tokens [B, R], by logits [B, R, vocabulary]: float32 [B, R]."""
+    """Return log-probabilities, float32 [B, R], of tokens [B, R] by logits [B, R, vocabulary]."""
     flat = logits.flatten(0, 1).float() / temperature, tokens.flatten()
     return -torch.nn.functional.cross_entropy(*flat, reduction="none").view(tokens.shape)
 
 
 class RolloutWorker:
-    """Samples a step while the rewards of the one before are on their way."""
+    """A worker that samples a step while the rewards of the previous one are computed."""
 
     def __init__(self, settings: Settings, rank: int) -> None:
         torch.manual_seed(1000 * settings.seed + rank)
@@ -134,7 +137,7 @@ class RolloutWorker:
         self.pending: tuple[Rollout, Future[Rewards]] | None = None
 
     def rollout(self, weights: Weights) -> Rollout | None:
-        """Sample a step and send it; the step before with its rewards, None the first time."""
+        """Sample a step and send it; return the previous step with its rewards, None at first."""
         self.policy.load_state_dict(weights)
         prompts = [next(self.prompts) for _ in range(self.settings.prompts_per_worker)]
         sampled = self.sample(prompts, self.settings.responses_per_prompt)
@@ -148,7 +151,10 @@ class RolloutWorker:
         return rollout
 
     def evaluate(self, weights: Weights, asked: Sequence[Question]) -> list[Figures]:
-        """Reward, latent quality and end of a response to each, sampled with the same luck."""
+        """Sample a response to each question with a fixed seed; return how each is judged.
+
+        The keys are reward, quality (latent, 0 to 2) and finished.
+        """
         self.policy.load_state_dict(weights)
         prompts = [question.prompt for question in asked]
         with torch.random.fork_rng():
@@ -169,7 +175,10 @@ class RolloutWorker:
 
     @torch.inference_mode()
     def sample(self, prompts: Sequence[str], responses: int) -> Rollout:
-        """From the whole vocabulary, since that is what the learner computes."""
+        """Sample responses to each prompt.
+
+        Samples without top-k and top-p, since the learner computes the whole distribution.
+        """
         temperature = self.settings.temperature
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
         form: dict[str, Any] = {"padding": True, "return_tensors": "pt", "return_dict": True}
@@ -184,7 +193,7 @@ class RolloutWorker:
         )
         ids, response = sampled.sequences, sampled.sequences[:, asked["input_ids"].shape[1] :]
         ends = torch.isin(response, self.ends)
-        kept = ends.cumsum(1) - ends.long() == 0  # up to the first end, which is the response's own
+        kept = ends.cumsum(1) - ends.long() == 0  # up to the first end, included
         mask = torch.cat([asked["attention_mask"].repeat_interleave(responses, 0), kept], 1)
         old = log_probs(torch.stack(sampled.logits, 1), response, temperature)
         logits = forward(self.reference, ids, mask, logits_to_keep=response.shape[1] + 1)
@@ -194,16 +203,16 @@ class RolloutWorker:
 
 
 class Learner:
-    """Policy and critic: weights in fp32, computed in settings.dtype."""
+    """The policy and the critic: fp32 weights, computed in settings.dtype."""
 
     def __init__(self, settings: Settings) -> None:
         torch.manual_seed(settings.seed)
-        torch.set_num_threads(os.cpu_count() or 1)  # Ray gives an actor without CPUs one
+        torch.set_num_threads(os.cpu_count() or 1)  # Ray sets one thread for an actor without CPUs
         self.settings = settings
         reward_model, _ = open_model(settings.export)
         path = find_model(settings.policy)
         policy: Any = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
-        # The reward model's head, at every token instead of the last one.
+        # The reward model, with its head applied at every token instead of the last one.
         critic = AutoModelForTokenClassification.from_pretrained(reward_model, dtype="float32")
         self.policy, self.critic = policy.to(settings.device), critic.to(settings.device)
         self.trained = [thaw(model, settings.trained_layers) for model in (policy, critic)]
@@ -215,22 +224,25 @@ class Learner:
         return {k: v.to("cpu", dtype, copy=True) for k, v in self.policy.state_dict().items()}
 
     def update(self, *rollouts: Rollout) -> Figures:
-        """Some epochs over what was sampled; means over their optimizer steps."""
+        """Train settings.epochs on the rollouts; return figures averaged over optimizer steps."""
         batches = [self.estimate(rollout) for rollout in rollouts]
         tokens = torch.cat([b["advantages"][b["kept"]] for b in batches])
         for batch in batches:
             batch["advantages"] = (batch["advantages"] - tokens.mean()) / tokens.std()
-        told: list[Figures] = []
+        figures: list[Figures] = []
         for _ in range(self.settings.epochs):
             for batch in batches:
                 order = torch.randperm(len(batch["ids"]))
                 for rows in order.split(self.settings.rows_per_minibatch):
-                    told.append(self.step({k: v[rows] for k, v in batch.items()}))
-        return {key: fmean(t[key] for t in told) for key in told[0]}
+                    figures.append(self.step({k: v[rows] for k, v in batch.items()}))
+        return {key: fmean(f[key] for f in figures) for key in figures[0]}
 
     @torch.no_grad()
     def estimate(self, rollout: Rollout) -> dict[str, Tensor]:
-        """Advantages and returns, float32 [B, R], of the rows that have a reward."""
+        """Return a batch of the rows that have a reward.
+
+        Adds advantages and returns, float32 [B, R].
+        """
         assert rollout.rewards is not None
         settings, mask = self.settings, rollout.kept
         rewards = -settings.kl_penalty * (rollout.old - rollout.reference) * mask
@@ -244,13 +256,13 @@ class Learner:
         return {key: value[scores.isfinite()] for key, value in batch.items()}
 
     def values(self, ids: Tensor, mask: Tensor, responses: int) -> Tensor:
-        """What the critic expects before each of the last so many tokens, float32 [B, R]."""
+        """Return the critic's values before each of the last `responses` tokens, float32 [B, R]."""
         with autocast(self.settings):
             values: Tensor = forward(self.critic, ids, mask)[:, -responses - 1 : -1, 0]
         return (values.float() - self.settings.reward_mean) / self.settings.reward_std
 
     def step(self, batch: dict[str, Tensor]) -> Figures:
-        """One optimizer step: the clipped surrogate (equation 7 of the paper), squared errors."""
+        """Take an optimizer step on the clipped surrogate (PPO, eq. 7) and the value loss."""
         device, clip = self.settings.device, self.settings.clip
         ids, mask, kept, old, advantages, returns = (t.to(device) for t in batch.values())
         responses = old.shape[1]
@@ -271,13 +283,16 @@ class Learner:
 
 
 def score(rewards: Rewards, finished: Tensor, settings: Settings) -> Tensor:
-    """Rewards as the learner sees them, float32 [B]; NaN where a row has none."""
+    """Return normalized rewards, float32 [B], NaN for a row without one.
+
+    A response that was cut off gets settings.unfinished_reward.
+    """
     scores = (torch.tensor(rewards.values) - settings.reward_mean) / settings.reward_std
     return scores.where(finished | scores.isnan(), settings.unfinished_reward)
 
 
 def thaw(model: Any, layers: int) -> list[torch.nn.Parameter]:
-    """Train the last layers, the final norm and a head of its own; the rest stays as it is."""
+    """Freeze all but the last layers, the final norm and `score`; return the trained weights."""
     model.requires_grad_(False)
     base, head = model.base_model, getattr(model, "score", None)
     for part in (*base.layers[-layers:], base.norm, *([head] if head else [])):
@@ -286,7 +301,10 @@ def thaw(model: Any, layers: int) -> list[torch.nn.Parameter]:
 
 
 def gae(rewards: Tensor, values: Tensor, lam: float) -> Tensor:
-    """Advantages [B, R] (Schulman et al. 2016, equation 16); all are 0 behind a response's end."""
+    """Return advantages [B, R] (GAE, Schulman et al. 2016, eq. 16, without discount).
+
+    rewards, values: [B, R], 0 after the end of a response.
+    """
     advantages = torch.zeros_like(rewards)
     advantage = value = torch.zeros(len(rewards))
     for t in reversed(range(rewards.shape[1])):
@@ -296,7 +314,7 @@ def gae(rewards: Tensor, values: Tensor, lam: float) -> Tensor:
 
 
 def train(settings: Settings) -> Figures:
-    """A run from the base: its history, and what it did to responses to held-out prompts."""
+    """Run PPO; return the settings, the history, and held-out responses judged before and after."""
     actor: Any = ray.remote(num_cpus=0, num_gpus=settings.device == "cuda")  # cores are shared
     dtype = ray.get(actor(choose_dtype).remote(settings.dtype, settings.device))
     settings = replace(settings, dtype=dtype)
@@ -336,7 +354,7 @@ def summarize(rollouts: Sequence[Rollout], settings: Settings) -> Figures:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    start = "the critic's start, and what is served where --app is not"
+    start = "export that the critic starts from; it is deployed if --app does not run"
     parser.add_argument("export", type=at_home, help=start)
     parser.add_argument("--directory", type=local_path, default="runs/ppo", help="for ppo.json")
     for field in fields(Settings)[1:-2]:

@@ -1,8 +1,8 @@
-"""What runs of jobs/ppo.py came to: jobs/ppo_report.py PICTURE RUN/ppo.json …
+"""Report the results of jobs/ppo.py runs: jobs/ppo_report.py PICTURE RUN/ppo.json …
 
-Prints, for each seed, what became of responses to held-out prompts: their rewards as the learner
-sees them, their latent quality, both with the paired t over the prompts, and the share that ended
-by itself; then KL, clipping and the share of the time spent waiting for rewards. Draws reward, KL.
+Prints a table row for each seed: reward (as the learner sees it), latent quality and finished share
+of responses to held-out prompts, before → after training, the first two with the paired t over the
+prompts; KL, clipping, seconds and the share of them spent waiting for rewards. Draws reward and KL.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from matplotlib.figure import Figure
 
 from rayrm.config import local_path
 
-COLUMNS = "seed, reward, t, quality, t, ended, KL, clipped, seconds, waited"
+COLUMNS = "seed, reward, t, quality, t, finished, KL, clipped, seconds, waited"
 
 
 def paired_t(before: Sequence[float], after: Sequence[float]) -> float:
-    """Student's t of the differences, pair by pair; 0 where all are the same."""
+    """Return Student's t of the paired differences, 0 if all differences are equal."""
     gains = [b - a for a, b in zip(before, after, strict=True)]
     spread = stdev(gains)
     return fmean(gains) / (spread / math.sqrt(len(gains))) if spread else 0.0
 
 
 def outcome(run: dict[str, Any]) -> str:
-    """A run as a row of the table; KL of the last step, clipping over all of them."""
+    """Return a run as a row of the table; KL is the last step's, clipping the mean of all steps."""
     history, row = run["history"], [str(run["settings"]["seed"])]
     for key in ("reward", "quality", "finished"):
         before, after = ([judged[key] for judged in run[when]] for when in ("before", "after"))
         row += [f"{fmean(before):.2f} → {fmean(after):.2f}", f"{paired_t(before, after):.1f}"]
-    del row[-1]  # that responses end needs no test
+    del row[-1]  # the share of finished responses gets no t
     seconds, waited = (sum(h[key] for h in history) for key in ("seconds", "waited"))
     row += [f"{history[-1]['kl']:.1f}", f"{fmean(h['clipped'] for h in history):.3f}"]
     return f"| {' | '.join([*row, f'{seconds:.0f}', f'{waited / seconds:.1%}'])} |"
 
 
 def draw(runs: Sequence[dict[str, Any]], file: Path) -> None:
-    """Reward and KL to the reference over the steps, a line a seed."""
+    """Plot reward and KL to the reference over the steps, one line per seed."""
     figure = Figure(figsize=(9, 3), layout="constrained")
-    titles = {"reward": "mean reward", "kl": "KL to the reference, nats a response"}
+    titles = {"reward": "mean reward", "kl": "KL to the reference, nats per response"}
     for axes, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         for run in runs:
             steps, values = ([h[k] for h in run["history"]] for k in ("step", key))

@@ -1,7 +1,7 @@
-"""The whole path on one small machine: preferences, training, export, service, rewards.
+"""Generate preferences, train, evaluate, serve and score, on one small machine.
 
-Everything lies under runs/quickstart/. Run again, it trains nothing twice; `make clean` or removing
-the directory starts over.
+All files are in runs/quickstart/. A second run resumes or reuses the training; to start over,
+run `make clean` or remove the directory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-# Before Ray and torch are imported: what they log at their defaults would bury the table.
+# Set before Ray and torch are imported: their default logs would bury the table.
 os.environ |= {
     "DS_ACCELERATOR": "cpu",
     "PYTHONWARNINGS": "ignore::FutureWarning",
@@ -38,24 +38,27 @@ from rayrm.training.setup import load_model  # noqa: E402
 CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
 RUN = Path("runs/quickstart")
 
-# Where the CPU does not multiply bfloat16: 28 steps instead of 40, each going further.
+# For CPUs without bf16 in hardware: 28 steps instead of 40, at a higher learning rate.
 SLOW = ["--train.epochs", "0.7", "--train.learning_rate", "3e-4", "--train.warmup_steps", "3"]
 
-# Of the generated data, each prompt once; and of the base model's layers.
+# Tokens of the generated data, each prompt counted once, and parameters of the base's layers.
 TRAIN_TOKENS, TEST_TOKENS, WEIGHTS = 78_700, 16_500, 106_000_000
 
-# Seconds of starting processes, and what share of the time the rest spends in matrix products.
+# Seconds for starting processes, and the share of the remaining time spent in matrix products.
 STARTING_S, PRODUCTS = 60, 0.5
 
 
 class Actor:
-    """A rollout worker that asks for rewards; in PPO it would sample the responses itself."""
+    """A rollout worker that requests rewards; in PPO it would sample the responses itself."""
 
     def __init__(self) -> None:
         self.client = RewardClient()
 
     def step(self, groups: list[Group]) -> tuple[int, int]:
-        """Score a step of groups: responses, and groups whose highest reward is on a best one."""
+        """Score a step; return the number of responses, and of groups whose top one is a best one.
+
+        A best response is one that is rejected in no preference.
+        """
         prompts = [group.prompt for group in groups for _ in group.responses]
         responses = [response for group in groups for response in group.responses]
         rewards = iter(self.client.score(prompts, responses).values.tolist())
@@ -73,9 +76,9 @@ def main() -> None:
     slow = dtype == "float32"
     config = TrainConfig.load(CONFIG, SLOW if slow else [])
     torch.set_num_threads(os.cpu_count() or 1)
-    say(f"this machine computes in {dtype}: about {expected_minutes(config, dtype):.0f} minutes")
+    say(f"computing in {dtype}: about {expected_minutes(config, dtype):.0f} minutes expected")
     if slow:
-        say("its CPU is slow in bfloat16: 28 steps instead of 40, and half the pairs for the base")
+        say("this CPU is slow in bfloat16: 28 steps, not 40; half the pairs to evaluate the base")
 
     say("1/5  generating preferences")
     train_file, test_file = write_sample(RUN / "data")
@@ -123,14 +126,14 @@ def main() -> None:
 
 
 def expected_minutes(config: TrainConfig, dtype: str) -> float:
-    """From a second of measuring this machine's matrix products."""
+    """Estimate the total minutes from the matmul rate of this machine, measured for a second."""
     trained = config.train.epochs * TRAIN_TOKENS
     products = 2 * WEIGHTS * (3 * trained + 2 * TEST_TOKENS)
     return (STARTING_S + products / PRODUCTS / matrix_rate(DTYPES[dtype], 1.0)) / 60
 
 
 def accuracy_table(before: dict[str, Any], after: dict[str, Any], words: float) -> str:
-    """Held-out accuracy of base and trained, overall and by skill."""
+    """Return a table of held-out accuracy, base and trained, overall and by skill."""
     lines = ["", f"{'held-out accuracy':24}{'pairs':>7}{'base':>8}{'trained':>9}"]
     rows = [("all", before, after)]
     rows += [(f"  {k}", before["subsets"][k], after["subsets"][k]) for k in after["subsets"]]

@@ -1,4 +1,4 @@
-"""Score a corpus, as `rayrm score` does: python jobs/score.py EXPORT IN OUT [--field value …]"""
+"""Run `rayrm score` as a job: python jobs/score.py EXPORT IN OUT [--field value …]"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Serve an export, as `rayrm serve` does: python jobs/serve.py EXPORT [--field value …]"""
+"""Run `rayrm serve` as a job: python jobs/serve.py EXPORT [--field value …]"""
 
 from __future__ import annotations
 

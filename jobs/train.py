@@ -1,4 +1,4 @@
-"""Train a model, as `rayrm train` does: python jobs/train.py CONFIG.yaml [--field value …]"""
+"""Run `rayrm train` as a job: python jobs/train.py CONFIG.yaml [--field value …]"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Rows of ids scored as most trainers do: transformers' own model, padded batches as they come.
+"""Score rows of ids with transformers in padded batches, in the order given, as most trainers do.
 
-Imports nothing of rayrm. Reads a line {"rows": FILE.json} for every step and answers
+Does not import rayrm. For each step it reads a line {"rows": FILE.json} and answers
 {"rewards": […], "seconds": …, "peak_bytes": …}.
 """
 
@@ -48,7 +48,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def score(model: PreTrainedModel, rows: list[list[int]]) -> list[float]:
-    """Rewards of a batch, padded on the right."""
+    """Return the rewards of a batch, padded on the right."""
     pad = model.config.pad_token_id
     longest = max(map(len, rows))
     ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])

@@ -1,8 +1,8 @@
-"""Rows of ids scored by vLLM's pooling runner, one step after another as they are asked for.
+"""Score rows of ids with vLLM's pooling runner, step by step.
 
-Runs in an environment of its own, from jobs/peers/vllm.txt, and imports nothing of rayrm. Reads a
-line {"rows": FILE.json} for every step and answers {"rewards": […], "seconds": …, "peak_bytes": …}.
-The prefix cache is on, as a group needs it, and emptied between steps, as a new step finds it.
+Runs in a separate environment (jobs/peers/vllm.txt) and does not import rayrm. For each step it
+reads a line {"rows": FILE.json} and answers {"rewards": […], "seconds": …, "peak_bytes": …}. The
+prefix cache is on, so that a group shares its prompt, and is reset before each step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
-    answers, sys.stdout = sys.stdout, sys.stderr  # what vLLM prints is not an answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # keep vLLM's output apart from the answers
     if args.device == "cpu":
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{(os.cpu_count() or 1) - 1}")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")

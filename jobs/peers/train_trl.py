@@ -1,7 +1,7 @@
-"""Pairs of ids through TRL's RewardTrainer, one step after another in the order of the file.
+"""Train on pairs of ids with TRL's RewardTrainer, in the order of the file.
 
-Runs in an environment of its own, from jobs/peers/trl.txt, and imports nothing of rayrm. Prints one
-line of JSON: loss and seconds of each step, peak resident bytes, and, if asked, the trained model's
+Runs in a separate environment (jobs/peers/trl.txt) and does not import rayrm. Prints one line of
+JSON: loss and seconds of each step, peak resident bytes and, with --score, the trained model's
 rewards of every pair, each row scored alone in fp32.
 """
 
@@ -22,8 +22,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from trl import RewardConfig, RewardTrainer
 
 
-class Losses(RewardTrainer):  # type: ignore[misc]  # trl is only in an environment of its own
-    """RewardTrainer that keeps the micro-batches' losses unrounded."""
+class Losses(RewardTrainer):  # type: ignore[misc]  # trl is only in a separate environment
+    """A RewardTrainer that records the unrounded loss of each micro-batch."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         result = super().compute_loss(*args, **kwargs)
@@ -34,7 +34,7 @@ class Losses(RewardTrainer):  # type: ignore[misc]  # trl is only in an environm
 
 
 class Clock(TrainerCallback):
-    """Seconds of every optimizer step."""
+    """A callback that records the seconds of each optimizer step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -59,8 +59,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--max-steps", type=int, default=-1, help="stop after these")
-    parser.add_argument("--score", action="store_true", help="score the pairs with the result")
+    parser.add_argument("--max-steps", type=int, default=-1, help="stop after this many steps")
+    parser.add_argument(
+        "--score", action="store_true", help="score the pairs with the trained model"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     pairs = [json.loads(line) for line in Path(args.pairs).read_text().splitlines()]
