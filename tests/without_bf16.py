@@ -19,7 +19,7 @@ from ray._private import worker
 
 from rayrm import RewardModel, ServeConfig, fit
 from rayrm.model.export import read_record
-from rayrm.serving import versions
+from rayrm.serving import loaded_models
 from rayrm.serving.corpus import Parts, score_corpus
 from rayrm.serving.operations import deploy
 from rayrm.training.run import read_config
@@ -53,9 +53,9 @@ def served(export: Path) -> list[str]:
     config = ServeConfig(export=str(export), replicas=2)
     deploy(config)
     dtypes = [replica["dtype"] for replica in stats(config.app)]
-    versions.fast_dtype = lambda device: "bfloat16"  # type: ignore[attr-defined]
+    loaded_models.fast_dtype = lambda device: "bfloat16"  # type: ignore[attr-defined]
     elsewhere = config.model_copy(update={"app": "elsewhere"})
-    versions.decide_dtype(elsewhere.app, elsewhere)
+    loaded_models.decide_dtype(elsewhere.app, elsewhere)
     deploy(elsewhere)
     return dtypes + [replica["dtype"] for replica in stats(elsewhere.app)]
 

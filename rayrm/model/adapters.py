@@ -150,7 +150,7 @@ def hash_backbone(model: PreTrainedModel, dtype: torch.dtype) -> str:
     return digest.hexdigest()
 
 
-def put_on(net: RewardNet, adapter: Adapter) -> RewardNet:
+def with_adapter(net: RewardNet, adapter: Adapter) -> RewardNet:
     """Return a net that computes the adapter's reward on the backbone of net.
 
     net stays unchanged; both nets share the backbone's tensors.
@@ -158,16 +158,16 @@ def put_on(net: RewardNet, adapter: Adapter) -> RewardNet:
     model = net.model
     low_rank, head = _load(adapter, model.base_model_prefix, model.dtype, model.device)
     shared: dict[int, Any] = {id(t): t for t in chain(model.parameters(), model.buffers())}
-    with_adapter = RewardNet(deepcopy(model, shared))
-    with_adapter.model.score = head
+    own = RewardNet(deepcopy(model, shared))
+    own.model.score = head
     if net.decoder:
-        with_adapter.decoder = net.decoder.adapted(low_rank)
+        own.decoder = net.decoder.adapted(low_rank)
     else:
-        backbone = with_adapter.model.base_model
+        backbone = own.model.base_model
         for name, matrices in low_rank.items():
             layer = backbone.get_submodule(name)
             backbone.set_submodule(name, Adapted(layer, matrices))
-    return with_adapter.for_scoring()
+    return own.for_scoring()
 
 
 class Adapted(nn.Module):

@@ -27,7 +27,7 @@ from rayrm.errors import (
     NonFiniteReward,
     RowError,
 )
-from rayrm.model.adapters import Adapter, load_backbone, put_on, read_adapters
+from rayrm.model.adapters import Adapter, load_backbone, read_adapters, with_adapter
 from rayrm.model.export import Export, load_template
 from rayrm.model.foreign import open_model
 from rayrm.model.hardware import choose_dtype
@@ -159,7 +159,9 @@ class RewardModel:
         check_max_length(own.template.spec.max_length, backbone.model.config)
         models = {}
         for name, adapter in read.items():
-            models[name] = make(put_on(backbone, adapter), own.template, export=adapter.export)
+            models[name] = make(
+                with_adapter(backbone, adapter), own.template, export=adapter.export
+            )
             models[name].version = adapter.export.adapter_version
         model = models.pop(OWN)
         model.adapters = models

@@ -36,7 +36,7 @@ from rayrm.serving.record import (
     delete_record,
     pin_of,
     read_record,
-    unstaged,
+    remove_staged,
 )
 from rayrm.serving.shadow import Difference, merge
 from rayrm.serving.transports.handle import REPLICA
@@ -91,7 +91,7 @@ def promote(app: str) -> Served:
     def change(record: Record) -> Record:
         if record.trial is None:
             raise ServiceError(f"application {app!r} has no version on trial: try one out first")
-        return switched(record, record.trial.served)
+        return with_current(record, record.trial.served)
 
     return _change(app, change).current
 
@@ -149,10 +149,10 @@ def swap(app: str, served: Served) -> Record:
 
     Raises ServiceError and changes nothing if a replica cannot load it.
     """
-    return _load_beside(app, served, switched)
+    return _load_beside(app, served, with_current)
 
 
-def switched(record: Record, served: Served) -> Record:
+def with_current(record: Record, served: Served) -> Record:
     """Return the record with `served` as the current export, and nothing staged or on trial."""
     updates = {
         "config": record.config.model_copy(update=served.place),
@@ -243,7 +243,7 @@ def _load_beside(app: str, served: Served, change: Callable[[Record, Served], Re
             time.sleep(STAGING_POLL_S)
         return _change(app, change_mine)
     except BaseException:  # also on Ctrl-C
-        change_record(app, unstaged(staged))
+        change_record(app, remove_staged(staged))
         raise
 
 
@@ -262,7 +262,7 @@ def _all_hold(handle: DeploymentHandle[Any], staged: Staged) -> bool:
     Raises ServiceError if one of them cannot load it.
     """
     app, pin = handle.app_name, staged.served.pin
-    replicas = _ask_all(handle, "catch_up")
+    replicas = _ask_all(handle, "request_compare")
     if replicas is None:
         return not _running(app)  # replicas that start later will load it
     for replica in replicas:

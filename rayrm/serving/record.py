@@ -124,11 +124,11 @@ class Record(BaseModel):
         With version "" return the one that scores a caller of that name.
         """
         if not version:
-            return self.chosen_for(caller)
+            return self.version_for(caller)
         known = [*self.wanted, *([self.previous] if self.previous else [])]
         return next((served for served in known if served.version == version), None)
 
-    def chosen_for(self, caller: str) -> Served:
+    def version_for(self, caller: str) -> Served:
         """Return what scores a caller of that name: always the same during a trial."""
         if self.trial is None:
             return self.current
@@ -232,7 +232,7 @@ def _prefix(app: str) -> bytes:
     return quote(app, safe="").encode() + b"/"
 
 
-def unstaged(staged: Staged) -> Change:
+def remove_staged(staged: Staged) -> Change:
     """Return a change that removes `staged` if it is still staged."""
 
     def change(record: Record | None) -> Record | None:
@@ -243,7 +243,7 @@ def unstaged(staged: Staged) -> Change:
     return change
 
 
-def renamed(old: Served, new: Served) -> Change:
+def rename_version(old: Served, new: Served) -> Change:
     """Return a change that replaces a version by its new name wherever the record has it."""
 
     def change(record: Record | None) -> Record | None:

@@ -1,6 +1,6 @@
 """A replica: merge chunks of several callers into full packs, score them, and answer the callers.
 
-It holds the models (versions.py) and remembers rewards, which it does not compute again; a
+It holds the models (loaded_models.py) and remembers rewards, which it does not compute again; a
 TokenQueue decides what is computed next. Does not know how a step is cut into chunks, or about
 training.
 """
@@ -28,13 +28,13 @@ from rayrm.serving.callers import CallsInProgress
 from rayrm.serving.chunk import Chunk
 from rayrm.serving.config import ServeConfig
 from rayrm.serving.demand import Demand
+from rayrm.serving.loaded_models import Models
 from rayrm.serving.metrics import ServeMetrics
 from rayrm.serving.queue import ModelBroken, TokenQueue
 from rayrm.serving.record import Trial
 from rayrm.serving.reward_cache import RewardCache
 from rayrm.serving.shadow import Comparison, Difference
 from rayrm.serving.ticket import Caller, Ticket
-from rayrm.serving.versions import Models
 
 logger = logging.getLogger("ray.serve")
 
@@ -163,9 +163,9 @@ class Replica:
         """Return this replica's demand for Serve's autoscaling policy (autoscale.py)."""
         return self.demand.report()
 
-    def catch_up(self) -> dict[str, Any]:
+    def request_compare(self) -> dict[str, Any]:
         """Trigger a comparison with the record, without waiting for it; return stats."""
-        self.models.hasten()
+        self.models.compare_soon()
         return self.stats()
 
     def stats(self) -> dict[str, Any]:

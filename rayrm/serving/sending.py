@@ -31,7 +31,7 @@ BACKOFF = (0.2, 5.0)
 
 # Refused chunks of a step up to which each is resent after retry_after_s; with more, all wait
 # proportionally longer, so that a caller's rate of requests does not grow with its step.
-KNOCKS = 16
+RESENDS_AT_ONCE = 16
 
 Named = dict[str, Rewards]
 """Rewards of the same rows, by the reward's name."""
@@ -167,7 +167,7 @@ class Sending:
         self.refused += 1
         self.waiting += tokens
         self.spread = True
-        rounds = max(1.0, self.refused / KNOCKS)
+        rounds = max(1.0, self.refused / RESENDS_AT_ONCE)
         try:
             await asyncio.sleep(refusal.retry_after_s * rounds * random.uniform(0.5, 1.5))
         finally:

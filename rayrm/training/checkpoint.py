@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from rayrm.errors import TrainingError
 
-TAG = "shards"
+SHARDS_TAG = "shards"
 
 
 def save_shards(engine: DeepSpeedEngine, directory: str, state: dict[str, Any]) -> None:
     """Write this rank's trained weights, optimizer state and `state` (JSON-like) to directory."""
     # Otherwise shards hold frozen weights in full, which consolidation would drop under ZeRO 1.
     engine.save_checkpoint(
-        directory, tag=TAG, client_state={"rayrm": state}, exclude_frozen_parameters=True
+        directory, tag=SHARDS_TAG, client_state={"rayrm": state}, exclude_frozen_parameters=True
     )
 
 
@@ -35,13 +35,13 @@ def load_shards(engine: DeepSpeedEngine, directory: str, world_size: int) -> dic
 
     Raises TrainingError if the checkpoint was written by a different number of workers.
     """
-    written_by = len(list((Path(directory) / TAG).glob("*optim_states.pt"))) or world_size
+    written_by = len(list((Path(directory) / SHARDS_TAG).glob("*optim_states.pt"))) or world_size
     if written_by != world_size:
         raise TrainingError(
             f"the checkpoint holds the shards of {written_by} workers, not {world_size}: resume "
             f"with cluster.workers {written_by}, or give this run another name"
         )
-    _, client_state = engine.load_checkpoint(directory, tag=TAG, custom_load_fn=load_trained)
+    _, client_state = engine.load_checkpoint(directory, tag=SHARDS_TAG, custom_load_fn=load_trained)
     state: dict[str, Any] = client_state["rayrm"]
     return state
 
@@ -63,12 +63,12 @@ def load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
 
 def consolidate(directory: str) -> dict[str, Tensor]:
     """Return all trained weights in fp32, by name, from the shards of any ZeRO stage."""
-    shards = Path(directory) / TAG
+    shards = Path(directory) / SHARDS_TAG
     if any(shards.glob("*optim_states.pt")):
         # DeepSpeed prints file names and a progress bar.
         silence = io.StringIO()
         with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-            state = get_fp32_state_dict_from_zero_checkpoint(directory, tag=TAG)
+            state = get_fp32_state_dict_from_zero_checkpoint(directory, tag=SHARDS_TAG)
     else:  # ZeRO 0: every rank holds all weights
         file = shards / "mp_rank_00_model_states.pt"
         state = torch.load(file, map_location="cpu", weights_only=False)["module"]

@@ -35,7 +35,7 @@ from rayrm.training.prompt_parts import connected, split_pairs
 ENCODING = 5
 
 # Number of bad responses that are listed; the rest are only counted.
-TOLD = 10
+LISTED_BAD_RESPONSES = 10
 
 
 @dataclass(frozen=True)
@@ -329,7 +329,7 @@ def _fit_group(
             report.overlong_responses += 1
         elif isinstance(result, RowError):
             report.bad_responses += 1
-            if len(report.bad) < TOLD:
+            if len(report.bad) < LISTED_BAD_RESPONSES:
                 report.bad.append(f"{group.source}: response {i + 1}: {result}")
         else:
             fitted, shorter = template.fit(rows[i], result, overlong)

@@ -60,13 +60,13 @@ from rayrm.training.inputs import check_exported
 from rayrm.training.loop import train_loop
 from rayrm.training.lora import export_adapter, merge_adapters
 from rayrm.training.progress import progress_bar
-from rayrm.training.run import as_decided, read_config, with_date, with_dtype, write_config
+from rayrm.training.run import read_config, with_date, with_decisions, with_dtype, write_config
 from rayrm.training.setup import load_model
 
 log = logging.getLogger(__name__)
 
 # Fields that may change when a run resumes: they affect speed, memory and records, not the result.
-FREE: dict[str, Any] = {
+RESUMABLE_CHANGES: dict[str, Any] = {
     "cluster": True,
     "model": {"gradient_checkpointing"},
     "train": {
@@ -139,7 +139,7 @@ def fit(config: TrainConfig) -> TrainResult:
         runtime_env={"env_vars": worker_environment(config)},
     )
     assert isinstance(trained, Result) and trained.return_value
-    checkpoint, step = to_export(config.train, trained)
+    checkpoint, step = select_checkpoint(config.train, trained)
     config = with_dtype(config, trained.return_value["dtype"])
     log.info("run %r computed in %s", config.name, config.train.dtype)
     ray.get(export.remote(config, run, checkpoint, step, trained.return_value, cpus))
@@ -201,7 +201,7 @@ def retention(train: TrainSection) -> CheckpointConfig:
     )
 
 
-def to_export(train: TrainSection, trained: Result) -> tuple[Checkpoint, int]:
+def select_checkpoint(train: TrainSection, trained: Result) -> tuple[Checkpoint, int]:
     """Return the checkpoint to export, and its step."""
     if train.export_checkpoint == "best":
         assert trained.best_checkpoints
@@ -381,9 +381,9 @@ def claim(config: TrainConfig, run: str) -> TrainConfig:
     if recorded is None or recorded.data.date is None:
         write_config(with_date(recorded or config), run)
         return claim(config, run)
-    config = as_decided(config, recorded)
-    mine = _flat(config.model_dump(mode="json", exclude=FREE))
-    theirs = _flat(recorded.model_dump(mode="json", exclude=FREE))
+    config = with_decisions(config, recorded)
+    mine = _flat(config.model_dump(mode="json", exclude=RESUMABLE_CHANGES))
+    theirs = _flat(recorded.model_dump(mode="json", exclude=RESUMABLE_CHANGES))
     differ = sorted(key for key in mine | theirs if mine.get(key) != theirs.get(key))
     if differ:
         raise TrainingError(

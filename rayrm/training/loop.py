@@ -1,7 +1,7 @@
 """Run one rank of a training run: set up, resume, step, evaluate, save.
 
-All ranks compute the same plan (which groups make a step, which rank takes which) and never send
-each other data. They synchronize in DeepSpeed's gradients, in all-reduces of rewards and of a
+All ranks compute the same plan: which groups make a step (Schedule), and which rank takes which
+(rank_shares.py). They synchronize in DeepSpeed's gradients, in all-reduces of rewards and of a
 step's metrics, and in Ray Train's report. Does not know how the run is started or exported.
 """
 
@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,14 @@ from rayrm.evaluation.evaluate import ScoredGroup, summarize
 from rayrm.model.net import (
     pack_tensors,
 )
-from rayrm.packing import Pack, TokenGroup, by_group, share_packs, split_group
+from rayrm.packing import Pack, TokenGroup, by_group
 from rayrm.training.checkpoint import load_shards, save_shards
 from rayrm.training.config import TrainConfig, TrainSection
 from rayrm.training.dataset import PreferenceGroup, Schedule
 from rayrm.training.inputs import Inputs
 from rayrm.training.loss import LOSSES, Pairs
 from rayrm.training.metrics import TrainMetrics
+from rayrm.training.rank_shares import Piece, Shares, response_indices, stand_in
 from rayrm.training.setup import check_ids, decide_dtype, load_data, load_model, start_engine
 
 Figures = dict[str, Any]
@@ -80,6 +81,7 @@ class Rank:
         context = get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.config = config = decide_dtype(config, self.rank)
+        self.shares = Shares(self.rank, self.world_size, config.train.tokens_per_micro_batch)
         if config.cluster.gpus_per_worker == 0:
             torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
         model, template = load_model(config)
@@ -119,15 +121,16 @@ class Rank:
         torch.manual_seed(seed_of(self.config.train.seed, self.step, self.rank))
         groups = [self.train[i] for i in self.schedule[self.step]]
         weight = sum(self.weight(group) for group in groups)
-        budget = self.config.train.tokens_per_micro_batch
+        budget = self.shares.budget
         pieces = [piece for group in groups for piece in group.pieces(budget)]
         small = [piece for piece in pieces if piece.tokens.tokens <= budget]
         large = [piece for piece in pieces if piece.tokens.tokens > budget]
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         scored: list[tuple[list[str], Tensor]] = []
-        for indices in self.share([piece.tokens for piece in small]):
+        for indices in self.shares.of_rank([piece.tokens for piece in small]):
             share = [small[i] for i in indices]
-            rewards = self.forward([piece.tokens for piece in share] or one_row(groups))
+            batch = [piece.tokens for piece in share] or stand_in(groups[0].tokens)
+            rewards = self.forward(batch)
             loss, share_sums = self.loss(rewards, share)
             # DeepSpeed averages over ranks; the loss is the mean over the comparisons of all ranks.
             self.engine.backward(loss / weight * self.world_size, scale_wrt_gas=False)
@@ -181,23 +184,24 @@ class Rank:
         (gradient caching, Gao et al. 2021, arXiv:2101.06983). Returns the sums of `loss` (0 except
         on rank 0), and the sources and rewards of the rows that this rank computed.
         """
-        pieces = self.cut([group.tokens for group in groups])
-        plan = self.share([piece.tokens for piece in pieces])
+        pieces = self.shares.cut([group.tokens for group in groups])
+        plan = self.shares.of_rank([piece.tokens for piece in pieces])
         rewards = self.score(pieces, plan).requires_grad_()
         loss, sums = self.loss(rewards, groups)
         (gradient,) = torch.autograd.grad(loss / weight * self.world_size, rewards)
         for micro_batch, indices in enumerate(plan):
             share = [pieces[i] for i in indices]
             self.seed_piece(micro_batch)
-            recomputed = self.forward([piece.tokens for piece in share] or one_row(groups))
+            batch = [piece.tokens for piece in share] or stand_in(groups[0].tokens)
+            recomputed = self.forward(batch)
             if share:
-                surrogate = (recomputed * gradient[places(share)]).sum()
+                surrogate = (recomputed * gradient[response_indices(share)]).sum()
             else:
                 surrogate = recomputed.sum() * 0.0
             self.engine.backward(surrogate, scale_wrt_gas=False)
         if self.rank > 0:
             sums = torch.zeros_like(sums)  # the caller adds up the sums of all ranks
-        computed = places([pieces[i] for indices in plan for i in indices])
+        computed = response_indices([pieces[i] for indices in plan for i in indices])
         names = sources(groups)
         return sums, ([names[i] for i in computed], rewards.detach()[computed])
 
@@ -215,32 +219,12 @@ class Rank:
         rewards = computed[0].new_zeros(sum(len(piece.tokens.suffixes) for piece in pieces))
         for indices, values in zip(plan, computed, strict=True):
             if indices:
-                rewards[places([pieces[i] for i in indices])] = values
+                rewards[response_indices([pieces[i] for i in indices])] = values
         dist.all_reduce(rewards)
         return rewards
 
     def seed_piece(self, micro_batch: int) -> None:
         torch.manual_seed(seed_of(self.config.train.seed, self.step, self.rank, micro_batch))
-
-    def cut(self, groups: Sequence[TokenGroup]) -> list[Piece]:
-        """Split the groups into pieces of at most the micro-batch budget, or of one row."""
-        budget = self.config.train.tokens_per_micro_batch
-        pieces: list[Piece] = []
-        start = 0
-        for group in groups:
-            for responses in split_group(group, budget):
-                pieces.append(Piece(group.part(responses), start + responses.start))
-            start += len(group.suffixes)
-        return pieces
-
-    def share(self, groups: Sequence[TokenGroup]) -> list[list[int]]:
-        """Return this rank's micro-batches as indices of groups.
-
-        Every rank gets the same number of micro-batches; some may be empty.
-        """
-        costs = [group.tokens for group in groups]
-        budget = self.config.train.tokens_per_micro_batch
-        return share_packs(costs, self.world_size, budget)[self.rank]
 
     def forward(self, groups: Sequence[TokenGroup]) -> Tensor:
         """Return the rewards [K] of the groups' responses, in order."""
@@ -286,8 +270,9 @@ class Rank:
         self.engine.eval()
         assert self.held_out is not None
         groups = [self.held_out[i] for i in range(len(self.held_out))]
-        pieces = self.cut([group.tokens for group in groups])
-        rewards = self.score(pieces, self.share([piece.tokens for piece in pieces])).cpu().numpy()
+        pieces = self.shares.cut([group.tokens for group in groups])
+        plan = self.shares.of_rank([piece.tokens for piece in pieces])
+        rewards = self.score(pieces, plan).cpu().numpy()
         by_groups = by_group(rewards, [len(group.tokens.suffixes) for group in groups])
         scored = [
             scored_group(group, group_rewards)
@@ -367,24 +352,6 @@ class Rank:
             f"step {self.step + 1}: the loss is not finite; rewards of these rows are NaN or "
             f"infinite: {'; '.join(where) or 'none, so a margin or label is'}"
         )
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some responses of a group; start: index of the first among the responses of all groups."""
-
-    tokens: TokenGroup
-    start: int
-
-
-def places(pieces: Sequence[Piece]) -> list[int]:
-    """Return the indices of the pieces' responses among the responses of all groups."""
-    return [p.start + i for p in pieces for i in range(len(p.tokens.suffixes))]
-
-
-def one_row(groups: Sequence[PreferenceGroup]) -> list[TokenGroup]:
-    """Return a row that stands in for the groups of an empty micro-batch."""
-    return [groups[0].tokens.part(range(1))]
 
 
 def sources(groups: Sequence[PreferenceGroup]) -> list[str]:

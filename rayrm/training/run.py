@@ -13,7 +13,7 @@ from pyarrow import fs
 
 from rayrm.training.config import TrainConfig, TrainSection
 
-NOTE = "config.json"
+CONFIG_FILE = "config.json"
 
 
 def read_config(run: str) -> TrainConfig | None:
@@ -22,9 +22,9 @@ def read_config(run: str) -> TrainConfig | None:
     Fields that an older version did not write get their defaults.
     """
     filesystem, path = fs.FileSystem.from_uri(run)
-    if filesystem.get_file_info(f"{path}/{NOTE}").type == fs.FileType.NotFound:
+    if filesystem.get_file_info(f"{path}/{CONFIG_FILE}").type == fs.FileType.NotFound:
         return None
-    with filesystem.open_input_file(f"{path}/{NOTE}") as file:
+    with filesystem.open_input_file(f"{path}/{CONFIG_FILE}") as file:
         values = json.loads(file.read())
     # Older runs lack these fields: they used the template and did not split a prompt's pairs.
     values["data"].setdefault("rule", "template")
@@ -38,12 +38,13 @@ def read_config(run: str) -> TrainConfig | None:
 def write_config(config: TrainConfig, run: str) -> None:
     filesystem, path = fs.FileSystem.from_uri(run)
     filesystem.create_dir(path, recursive=True)
-    with filesystem.open_output_stream(f"{path}/.{NOTE}") as out:
+    partial = f"{path}/.{CONFIG_FILE}"  # renamed when it is complete
+    with filesystem.open_output_stream(partial) as out:
         out.write(config.model_dump_json(indent=2).encode())
-    filesystem.move(f"{path}/.{NOTE}", f"{path}/{NOTE}")  # so that no partial file is ever read
+    filesystem.move(partial, f"{path}/{CONFIG_FILE}")
 
 
-def as_decided(config: TrainConfig, noted: TrainConfig) -> TrainConfig:
+def with_decisions(config: TrainConfig, noted: TrainConfig) -> TrainConfig:
     """Return the config with its open fields set as the run's first start decided them (noted)."""
     if config.train.dtype == "auto":
         config = with_dtype(config, noted.train.dtype)

@@ -19,11 +19,11 @@ from rayrm.errors import DataError, TrainingError
 from rayrm.model import hardware
 from rayrm.model.engine import RewardModel
 from rayrm.model.hardware import bf16_speedup, choose_dtype, cpu_has_bf16, fast_dtype
-from rayrm.serving import versions
+from rayrm.serving import loaded_models
 from rayrm.serving.config import ServeConfig
 from rayrm.serving.corpus import Corpus, Parts
+from rayrm.serving.loaded_models import decide_dtype
 from rayrm.serving.record import delete_record
-from rayrm.serving.versions import decide_dtype
 from rayrm.training.config import TrainConfig
 from rayrm.training.fit import claim, make_trainer, run_directory
 from rayrm.training.run import with_dtype, write_config
@@ -169,9 +169,9 @@ def test_the_first_replica_decides_for_its_application(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = ServeConfig(export="e")
-    monkeypatch.setattr(versions, "fast_dtype", lambda _: "bfloat16")
+    monkeypatch.setattr(loaded_models, "fast_dtype", lambda _: "bfloat16")
     assert decide_dtype("decided", config) == "bfloat16"
-    monkeypatch.setattr(versions, "fast_dtype", lambda _: "float32")
+    monkeypatch.setattr(loaded_models, "fast_dtype", lambda _: "float32")
     assert decide_dtype("decided", config) == "bfloat16"
     assert "decided computes in bfloat16" in caplog.text
     named = config.model_copy(update={"dtype": "float32"})

@@ -420,7 +420,7 @@ def test_openrlhf_is_scored_by_the_canary_where_its_address_is_drawn(
             served = try_out("web", str(other_export), share)
             record = read_record("web")
             assert record is not None
-            drawn.add(chosen := record.chosen_for("http 127.0.0.1").version)
+            drawn.add(chosen := record.version_for("http 127.0.0.1").version)
             model = {canary.version: canary, local.version: local}[chosen]
             status, answer = openrlhf(port)
             assert status == 200

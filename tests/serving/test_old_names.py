@@ -15,8 +15,8 @@ from rayrm.model.engine import RewardModel
 from rayrm.model.export import Export, read_export
 from rayrm.serving.config import ServeConfig
 from rayrm.serving.corpus import Corpus, Parts
+from rayrm.serving.loaded_models import Models
 from rayrm.serving.record import BEFORE, Record, Served, delete_record, read_record
-from rayrm.serving.versions import Models
 from tests.tiny import write_lines
 
 

@@ -177,13 +177,13 @@ def test_a_share_of_the_callers_is_drawn_by_their_names() -> None:
 
     names = [f"actor {n}" for n in range(1000)]
     for share in (0, 0.2, 1):
-        drawn = [record(share).chosen_for(name).version for name in names]
+        drawn = [record(share).version_for(name).version for name in names]
         assert abs(drawn.count("new@1") / 1000 - share) < 0.05 * (0 < share < 1) + 1e-9
     fewer, more = (
-        {n for n in names if record(s).chosen_for(n).version == "new@1"} for s in (0.2, 0.4)
+        {n for n in names if record(s).version_for(n).version == "new@1"} for s in (0.2, 0.4)
     )
     assert fewer < more, "who was on trial stays"
-    others = {n for n in names if record(0.2, "next@1").chosen_for(n).version == "next@1"}
+    others = {n for n in names if record(0.2, "next@1").version_for(n).version == "next@1"}
     assert len(fewer & others) < 80, "another trial, other callers"
 
 

@@ -14,7 +14,7 @@ from rayrm.errors import ServiceError
 from rayrm.serving import record as records
 from rayrm.serving.callers import this_caller
 from rayrm.serving.config import ServeConfig
-from rayrm.serving.operations import switched
+from rayrm.serving.operations import with_current
 from rayrm.serving.record import (
     BEFORE,
     FORMAT,
@@ -27,8 +27,8 @@ from rayrm.serving.record import (
     change_record,
     delete_record,
     read_record,
-    renamed,
-    unstaged,
+    remove_staged,
+    rename_version,
 )
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -221,18 +221,18 @@ def test_who_read_before_a_deletion_does_not_undo_it() -> None:
 def test_what_is_staged_is_known_by_its_deployment_whatever_its_version_is_called() -> None:
     named_before = Served(export="/new", version="new@0")
     staged = Staged(served=named_before, owner=this_caller(), id="1")
-    now = renamed(named_before, NEW)(record(staged=staged, previous=named_before))
+    now = rename_version(named_before, NEW)(record(staged=staged, previous=named_before))
     assert now and now.staged and now.staged.served == now.previous == NEW
-    removed = unstaged(staged)(now)
+    removed = remove_staged(staged)(now)
     assert removed and removed.staged is None
     another = staged.model_copy(update={"id": "2"})
-    assert unstaged(another)(now) == now
+    assert remove_staged(another)(now) == now
 
 
 def test_a_switch_leaves_nothing_staged_or_tried() -> None:
     other = Served(export="/other", version="other@1")
     staged = Staged(served=other, owner=this_caller(), id="1")
     before = record(staged=staged, trial=Trial(served=NEW, share=0.5, since=0))
-    after = switched(before, NEW)
+    after = with_current(before, NEW)
     assert (after.wanted, after.previous, after.config.export) == ([NEW], OLD, "/new")
-    assert switched(after, NEW).previous == OLD, "served again, it is not what was there before"
+    assert with_current(after, NEW).previous == OLD, "served again, it is not what was there before"

@@ -26,13 +26,13 @@ from rayrm.model.engine import RewardModel
 from rayrm.rows import Rewards
 from rayrm.serving.client import RewardClient
 from rayrm.serving.config import ServeConfig
+from rayrm.serving.loaded_models import Models
 from rayrm.serving.metrics import ServeMetrics
 from rayrm.serving.operations import compare, delete, deploy, promote, rollback, swap, try_out
 from rayrm.serving.queue import TokenQueue
 from rayrm.serving.record import Record, Served, Trial, change_record, delete_record, read_record
 from rayrm.serving.replica import Replica
 from rayrm.serving.reward_cache import RewardCache
-from rayrm.serving.versions import Models
 from tests.service import assert_same, before_each_pack, stats, texts, until
 
 APP = "versions"
@@ -471,7 +471,7 @@ def test_a_record_that_was_read_before_a_switch_does_not_undo_it(
         reading.set()
         return read_record(app)
 
-    monkeypatch.setattr("rayrm.serving.versions.read_record", read)
+    monkeypatch.setattr("rayrm.serving.loaded_models.read_record", read)
     with held._changing:
         waiting = threading.Thread(target=held.compare)
         waiting.start()
@@ -485,7 +485,7 @@ def test_a_record_that_was_read_before_a_switch_does_not_undo_it(
 def test_a_model_that_cannot_be_loaded_is_not_tried_with_every_chunk(
     cluster: None, held: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rayrm.serving.versions.RETRY_S", (1000.0, 3000.0))
+    monkeypatch.setattr("rayrm.serving.loaded_models.RETRY_S", (1000.0, 3000.0))
     bad = Served(export="/nowhere", version="bad@1")
 
     def stage(share: float) -> None:

@@ -14,7 +14,13 @@ from rayrm.errors import DataError, RowError
 from rayrm.rows import Row
 from rayrm.text.fingerprints import fingerprint
 from rayrm.text.template import Template, TemplateSpec
-from rayrm.training.dataset import TOLD, EncodeReport, PreferenceData, Schedule, encode_groups
+from rayrm.training.dataset import (
+    LISTED_BAD_RESPONSES,
+    EncodeReport,
+    PreferenceData,
+    Schedule,
+    encode_groups,
+)
 from tests.tiny import byte_tokenizer
 
 
@@ -256,7 +262,7 @@ def test_a_response_that_the_template_refuses_is_an_error_that_names_it() -> Non
 def test_of_many_bad_responses_the_first_are_told_and_all_counted() -> None:
     many = [*mixed(), *mixed()[1:] * 30]
     report = encode_groups(many, chat_template(), "truncate", on_bad_record="skip").report
-    assert report.bad_responses == 64 and len(report.bad) == TOLD
+    assert report.bad_responses == 64 and len(report.bad) == LISTED_BAD_RESPONSES
     with pytest.raises(DataError, match=r"no pair is left .* 2 bad responses; .*response 1: "):
         encode_groups(mixed()[1:], chat_template(), "truncate", on_bad_record="skip")
 

@@ -20,6 +20,7 @@ from rayrm.packing import TokenGroup
 from rayrm.training.config import TrainConfig
 from rayrm.training.dataset import PreferenceGroup, Schedule
 from rayrm.training.loop import Rank, scored_group
+from rayrm.training.rank_shares import Shares
 from tests.tiny import furthest, random_ids, tiny_model
 
 WHOLE = 100_000
@@ -77,6 +78,7 @@ def make_rank(
         train={"tokens_per_micro_batch": budget},
     )
     rank.rank, rank.world_size, rank.step, rank.history, rank.metrics = 0, 1, 0, [], None
+    rank.shares = Shares(0, 1, budget)
     rank.device = torch.device("cpu")
     rank.engine = Engine(net or tiny_model("gpt2"))
     rank.train = rank.held_out = data  # type: ignore[assignment]

@@ -41,11 +41,11 @@ def test_a_resume_on_another_day_shows_the_day_of_the_first_start(
 def test_a_run_of_before_goes_on_by_the_rule_it_was_started_with(tmp_path: Path) -> None:
     there = tmp_path / "a"
     claim(config(), str(there))
-    noted = json.loads((there / run.NOTE).read_text())
+    noted = json.loads((there / run.CONFIG_FILE).read_text())
     for key in ("rule", "thoughts", "date"):
         del noted["data"][key]
     noted["train"]["dtype"] = "bfloat16"
-    (there / run.NOTE).write_text(json.dumps(noted))
+    (there / run.CONFIG_FILE).write_text(json.dumps(noted))
     resumed = claim(config(), str(there))
     assert resumed.data.rule == "template" and resumed.train.dtype == "bfloat16"
     assert resumed.data.date is not None and claim(config(), str(there)) == resumed

@@ -181,7 +181,7 @@ class Endpoint:
         """Return the version that scores a caller of that name, and its template."""
         record = read_record(self.app_name)
         served = (
-            record.chosen_for(caller) if record else Served(export=self.config.export, version="")
+            record.version_for(caller) if record else Served(export=self.config.export, version="")
         )
         if served.version not in self._templates:
             template = load_served_template(served, self.config.max_length)

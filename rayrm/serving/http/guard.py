@@ -17,7 +17,7 @@ from rayrm.serving.http.failures import answer
 
 # The rest of the body stays unread, so the connection cannot be used again.
 CLOSE = {"connection": "close"}
-UNASKED = {"www-authenticate": "Bearer", **CLOSE}
+UNAUTHORIZED = {"www-authenticate": "Bearer", **CLOSE}
 
 
 class RequestGuard:
@@ -37,7 +37,7 @@ class RequestGuard:
             return await self.app(scope, receive, send)
         headers = Headers(scope=scope)
         if not self._authorized(headers.get("authorization", "")):
-            refusal = answer(401, "send the header Authorization: Bearer TOKEN", UNASKED)
+            refusal = answer(401, "send the header Authorization: Bearer TOKEN", UNAUTHORIZED)
             return await refusal(scope, receive, send)
         length = headers.get("content-length", "0")
         if not re.fullmatch("[0-9]{1,18}", length):

@@ -28,7 +28,7 @@ from rayrm.serving.transports import Answer, Away, Target
 CONNECT_S = 10.0
 
 # Statuses that a proxy answers with while its backend is down.
-NOBODY_BEHIND = (502, 503, 504)
+BACKEND_DOWN = (502, 503, 504)
 
 
 class HttpTransport:
@@ -75,7 +75,7 @@ class HttpTransport:
             failure = response.json()
             kind, message = failure["error"], failure["message"]
         except (ValueError, KeyError, TypeError):
-            if status in NOBODY_BEHIND and self._reached:
+            if status in BACKEND_DOWN and self._reached:
                 return Away(f"{self.url} answered {status}")
             kind, message = "", response.text[:200]
         else:

@@ -34,13 +34,13 @@ from rayrm.serving.record import (
     change_record,
     pin_of,
     read_record,
-    renamed,
-    unstaged,
+    remove_staged,
+    rename_version,
 )
 
 logger = logging.getLogger("ray.serve")
 
-# Seconds between comparisons with the record; catch_up triggers one at once.
+# Seconds between comparisons with the record; request_compare triggers one at once.
 COMPARE_S = 2.0
 
 # Seconds from a replaced model's last use until it is dropped: pinned steps still send chunks, and
@@ -88,8 +88,8 @@ class Models:
     """A replica's loaded models: those of the record, and the previous one while in use.
 
     held: models by pin (Served.pin). load: loads a config's model, ready to score, while the
-    current one keeps scoring. tell: called after every comparison with the record, with the loaded
-    models, the current one, and the shadow's trial or None.
+    current one keeps scoring. on_change: called after every comparison with the record, with the
+    loaded models, the current one, and the shadow's trial or None.
     """
 
     def __init__(
@@ -97,12 +97,12 @@ class Models:
         app: str,
         config: ServeConfig,
         load: Callable[[ServeConfig], RewardModel],
-        tell: Callable[[Collection[RewardModel], RewardModel, Trial | None], None],
+        on_change: Callable[[Collection[RewardModel], RewardModel, Trial | None], None],
     ) -> None:
         self.app = app
         self.config = config
         self.load = load
-        self.tell = tell
+        self.on_change = on_change
         self.dtype = decide_dtype(app, config)
         self.held: dict[str, RewardModel] = {}
         self.failed: dict[str, Failure] = {}
@@ -113,7 +113,7 @@ class Models:
         self.record = self._start()
         self.current = self.record.current.pin
         self.model = self.held[self.current]
-        self.tell(self.held.values(), self.model, self.shadow)
+        self.on_change(self.held.values(), self.model, self.shadow)
         threading.Thread(target=self._follow, name="follow", daemon=True).start()
 
     async def get(self, version: str) -> RewardModel:
@@ -129,7 +129,7 @@ class Models:
         self._asked[version] = time.monotonic()
         return model
 
-    def hasten(self) -> None:
+    def compare_soon(self) -> None:
         """Trigger a comparison with the record, without waiting for it."""
         self._wake.set()
 
@@ -139,7 +139,7 @@ class Models:
             record = read_record(self.app)
             if record and record.staged and not is_alive(record.staged.owner):
                 logger.warning(f"staged={record.staged.served.pin} is removed: its owner died")
-                record = change_record(self.app, unstaged(record.staged))
+                record = change_record(self.app, remove_staged(record.staged))
             if record is None:  # the application is being deleted
                 return
             if record != self.record:
@@ -157,7 +157,7 @@ class Models:
                 if time.monotonic() - self._asked.get(version, 0.0) > LINGER_S:
                     del self.held[version]
                     logger.info(f"dropped version={version}")
-            self.tell(self.held.values(), self.model, self.shadow)
+            self.on_change(self.held.values(), self.model, self.shadow)
 
     def _obtain(self, version: str) -> RewardModel:
         """Return the model of a version, loading it if the record names it. Raises VersionGone."""
@@ -238,12 +238,12 @@ class Models:
                 for name, adapter in model.adapters.items()
             },
         )
-        if wanted and served != wanted and known_before(model, wanted):
+        if wanted and served != wanted and is_old_name(model, wanted):
             logger.warning(
                 f"{wanted.pin} is called {served.pin} from now on: a version also covers the chat "
                 "template and the tokenizer's files"
             )
-            change_record(self.app, renamed(wanted, served))
+            change_record(self.app, rename_version(wanted, served))
         elif wanted and served != wanted:
             raise ExportError(
                 f"{config.export} now holds {served.pin}, not {wanted.pin}, which was deployed: "
@@ -256,7 +256,7 @@ class Models:
         return served
 
 
-def known_before(model: RewardModel, wanted: Served) -> bool:
+def is_old_name(model: RewardModel, wanted: Served) -> bool:
     """Return whether an earlier rayrm, which hashed less, gave these weights that version."""
     wanted_by_name = {OWN: wanted, **wanted.adapters}
     return wanted_by_name.keys() == model.rewards.keys() and all(
