@@ -29,7 +29,7 @@ from rayrm.packing import Ids, TokenGroup, plan_packs
 from rayrm.rows import Row
 from rayrm.text.fingerprints import fingerprint_of_text
 from rayrm.text.template import Overlong, Template
-from rayrm.training.prompt_parts import connected, split_pairs
+from rayrm.training.split_pairs import connected, split_pairs
 
 # Part of the cache key. Increase it whenever the same groups would be encoded differently.
 ENCODING = 5

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rayrm.training.prompt_parts import connected, split_pairs
+from rayrm.training.split_pairs import connected, split_pairs
 
 Ints = NDArray[np.int64]
 seeds = pytest.mark.parametrize("seed", range(30))
