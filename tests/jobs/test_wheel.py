@@ -7,9 +7,12 @@ import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from importlib.metadata import PathDistribution, packages_distributions
 from pathlib import Path
 
@@ -55,7 +58,7 @@ def modules(node: ast.AST) -> list[str]:
     return [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
 
 
-def test_the_command_trains_evaluates_and_scores_without_the_checkout(
+def test_the_command_trains_evaluates_scores_and_serves_without_the_checkout(
     installed: Path, tmp_path: Path
 ) -> None:
     short = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # sockets' paths must be short
@@ -78,11 +81,17 @@ def test_the_command_trains_evaluates_and_scores_without_the_checkout(
         )
     )
 
+    command = [sys.executable, str(installed / "bin/rayrm")]
+    env = {**os.environ, "PYTHONPATH": str(installed), "RAY_TMPDIR": short}
+
     def rayrm(*arguments: str) -> str:
-        env = {**os.environ, "PYTHONPATH": str(installed), "RAY_TMPDIR": short}
-        command = [sys.executable, str(installed / "bin/rayrm"), *arguments]
         done = subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, check=False, env=env
+            [*command, *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=env,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -95,3 +104,22 @@ def test_the_command_trains_evaluates_and_scores_without_the_checkout(
     assert "32 rows scored" in rayrm("score", export, "rows.jsonl", "scored.jsonl")
     scored = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
     assert all(isinstance(row["reward"], float) for row in scored)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    http = ["--http.enabled", "true", "--http.port", str(port), "--dtype", "float32"]
+    serve = [*command, "serve", export, *http]
+    with subprocess.Popen(serve, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=env) as it:
+        assert it.stdout is not None
+        try:
+            assert any("Ctrl-C stops it" in line for line in it.stdout)
+            body = json.dumps({"rows": rows[:4]}).encode()
+            headers = {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"http://127.0.0.1:{port}/score", body, headers)
+            with urllib.request.urlopen(request) as answered:
+                values = json.load(answered)["values"]
+            assert values == pytest.approx([row["reward"] for row in scored[:4]], abs=2e-2)
+        finally:
+            it.send_signal(signal.SIGINT)
+    assert it.returncode == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -64,7 +64,7 @@ async def on_invalid_request(_: Request, error: Exception) -> JSONResponse:
     # Without the input, which FastAPI would send back: it can be large, or not JSON.
     assert isinstance(error, RequestValidationError)
     problems = [f"{_where(e['loc'])}: {e['msg']}" for e in error.errors()]
-    return answer(422, "; ".join(problems[:NAMED]))
+    return answer(422, first(problems))
 
 
 async def on_service_error(_: Request, error: Exception) -> JSONResponse:
@@ -82,9 +82,14 @@ async def on_service_error(_: Request, error: Exception) -> JSONResponse:
 def refuse(errors: Mapping[int, RowError]) -> None:
     """Fail the whole request with 422 if it has bad rows, and list them."""
     if errors:
-        named = [f"row {i}: {type(e).__name__}: {e}" for i, e in list(errors.items())[:NAMED]]
-        left = f"; and {len(errors) - NAMED} more" if len(errors) > NAMED else ""
-        raise HTTPException(422, "; ".join(named) + left)
+        named = [f"row {i}: {type(error).__name__}: {error}" for i, error in errors.items()]
+        raise HTTPException(422, first(named))
+
+
+def first(problems: Sequence[str]) -> str:
+    """Join the first problems, and say how many more there are."""
+    left = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+    return "; ".join(problems[:NAMED]) + left
 
 
 def _where(loc: tuple[int | str, ...]) -> str:
