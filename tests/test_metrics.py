@@ -19,10 +19,10 @@ from ray.train.v2.api.result import Result
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rayrm import RewardClient, ServeConfig, TrainConfig, deploy
-from rayrm.errors import ConfigError
+from rayrm.errors import ConfigError, RowError, RowFailed, RowTooLong
 from rayrm.model.engine import RewardModel
 from rayrm.model.export import read_export
-from rayrm.rows import make_rows
+from rayrm.rows import Rewards, make_rows
 from rayrm.serving.metrics import ServeMetrics
 from rayrm.training.fit import make_trainer, run_directory
 from rayrm.training.loop import Rank
@@ -255,3 +255,26 @@ def test_tensorboard_that_is_missing_is_named_before_anything_loads(
     TrainConfig(**{**values, "train": {}})
     with pytest.raises(ConfigError, match=r"train\.tensorboard .*pip install"):
         TrainConfig(**values)
+
+
+class Counted:
+    """A counter that can be read."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+
+    def inc(self, count: int, tags: dict[str, str]) -> None:
+        self.counts[tags["kind"]] = self.counts.get(tags["kind"], 0) + count
+
+
+def test_a_row_that_lacks_several_rewards_is_one_row_without_a_reward() -> None:
+    metrics = object.__new__(ServeMetrics)
+    counted = metrics.errors = Counted()  # type: ignore[assignment]
+    long, failed = RowTooLong("long"), RowFailed("failed")
+    none = np.zeros(3, dtype=bool)
+
+    def rewards(*errors: RowError | None) -> Rewards:
+        return Rewards(np.zeros(3, np.float32), list(errors), none, none, ["v"] * 3)
+
+    metrics.failed([rewards(long, None, None), rewards(long, failed, None)])
+    assert counted.counts == {"RowTooLong": 1, "RowFailed": 1}

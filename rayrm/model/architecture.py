@@ -42,7 +42,14 @@ def fingerprint_config(directory: Path) -> str:
     values = json.loads((directory / CONFIG).read_bytes())
     if not isinstance(values, dict):
         raise ValueError(f"{type(values).__name__} instead of an object")
-    return hashlib.sha256(json.dumps(_related(values), sort_keys=True).encode()).hexdigest()
+    return hash_config(values)
+
+
+def hash_config(values: dict[str, Any]) -> str:
+    """Return the sha256 of a config's values without the keys in UNRELATED."""
+    return hashlib.sha256(
+        json.dumps(_related(values), sort_keys=True, default=str).encode()
+    ).hexdigest()
 
 
 def _related(values: dict[str, Any]) -> dict[str, Any]:

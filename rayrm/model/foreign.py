@@ -130,7 +130,7 @@ def _assume(directory: Path, name: str) -> Export:
     warnings.warn(
         f"{name} has no {RECORD}, so it is assumed that: {'; '.join(assumed)}. Rows built in "
         "another way can be sent as token ids, which are scored as they are. Version "
-        f"{export.version} is the hash of its weights and of the files that turn text into ids.",
+        f"{export.version} is the hash of its weights, its config and its tokenizer's files.",
         stacklevel=4,
     )
     return export

@@ -55,6 +55,13 @@ BACKBONES = {"gpt2", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3", "p
 # transformers saved.
 IGNORED_WEIGHTS = re.compile(r"^(lm_head|embed_out)\.|\.masked_bias$")
 
+# Names under which configs have the dropout of embeddings and residuals; all others become 0.
+DROPOUTS = {"dropout", "embd_pdrop", "embedding_dropout", "hidden_dropout"} | {
+    "resid_pdrop",
+    "residual_dropout",
+}
+_DROPS = re.compile(r"dropout|pdrop|layerdrop")
+
 DEFAULT_BASE = "SmolLM2-135M-Instruct"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -343,12 +350,9 @@ def load_config(
             f"{path} is {kind} model; rayrm scores models with causal attention "
             f"in every layer: {', '.join(sorted(BACKBONES))}"
         )
-    for key in ("resid_pdrop", "embd_pdrop", "dropout", "hidden_dropout"):
-        if hasattr(config, key):
-            setattr(config, key, dropout)
-    for key in ("attn_pdrop", "attention_dropout", "activation_dropout", "layerdrop"):
-        if hasattr(config, key):
-            setattr(config, key, 0.0)
+    for key in config.to_dict():
+        if _DROPS.search(key):
+            setattr(config, key, dropout if key in DROPOUTS else 0.0)
     config.id2label = {0: "LABEL_0"}
     config.label2id = {"LABEL_0": 0}
     # Without this, vLLM applies a sigmoid to a single label.

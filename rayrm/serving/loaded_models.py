@@ -144,10 +144,12 @@ class Models:
                 return
             if record != self.record:
                 self.failed = {}
+            renamed = False
             for served in record.wanted:
                 if served.pin not in self.held and not self._paused(served.pin):
-                    self._try(served)
-                    record = read_record(self.app) or record  # loading may have renamed a version
+                    renamed |= self._try(served)
+            if renamed:
+                record = read_record(self.app) or record
             self.record = record
             if model := self.held.get(record.current.pin):
                 self.current, self.model = record.current.pin, model
@@ -203,9 +205,10 @@ class Models:
             except Exception:  # the GCS may be unreachable briefly: keep serving the held models
                 logger.exception("could not compare with the record")
 
-    def _try(self, served: Served) -> None:
+    def _try(self, served: Served) -> bool:
+        """Load `served`, or note its failure; return whether the record has a new name for it."""
         try:
-            self._load(served)
+            return self._load(served) != served
         except Exception as error:
             before = self.failed.get(served.pin)
             times = before.times + 1 if before else 1
@@ -214,6 +217,7 @@ class Models:
             why = f"{type(error).__name__}: {error}"
             failure = Failure(why, times, time.monotonic() + pause)
             self.failed = {**self.failed, served.pin: failure}
+            return False
 
     def _paused(self, version: str) -> Failure | None:
         """Return the failure of a version that must not be retried yet, else None."""
@@ -240,8 +244,8 @@ class Models:
         )
         if wanted and served != wanted and is_old_name(model, wanted):
             logger.warning(
-                f"{wanted.pin} is called {served.pin} from now on: a version also covers the chat "
-                "template and the tokenizer's files"
+                f"{wanted.pin} is called {served.pin} from now on: a version also covers the "
+                "tokenizer's files, the chat template and config.json"
             )
             change_record(self.app, rename_version(wanted, served))
         elif wanted and served != wanted:

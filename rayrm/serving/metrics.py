@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter as Tally
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -170,10 +170,15 @@ class ServeMetrics:
             self.gauges.set(dict.fromkeys(SHADOW))
         self._shadow = shadow
 
+    def failed(self, scored: Sequence[Rewards]) -> None:
+        """Count a chunk's rows that lack one of their rewards, by the first error."""
+        of_rows = zip(*(rewards.errors for rewards in scored), strict=True)
+        first = (next(filter(None, errors), None) for errors in of_rows)
+        for kind, count in Tally(type(error).__name__ for error in first if error).items():
+            self.errors.inc(count, {"kind": kind})
+
     def scored(self, reward: str, rewards: Rewards, chunk: Chunk) -> None:
         """Report a chunk's rewards under that name."""
-        for kind, count in Tally(type(e).__name__ for e in rewards.errors if e).items():
-            self.errors.inc(count, {"kind": kind})
         tags = reward, rewards.versions[0]
         latest = self._latest.get(tags)
         if latest:  # None: the version was dropped while it scored its last chunk

@@ -96,6 +96,7 @@ class Replica:
                     *(self._rewards_by(m, encoded, ticket.caller) for m in models.values())
                 )
             self.metrics.found(self.cache.rows_found)
+            self.metrics.failed(scored)
             rewards = dict(zip(models, scored, strict=True))
             for name, named_rewards in rewards.items():
                 self.metrics.scored(name, named_rewards, chunk)

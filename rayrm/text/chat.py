@@ -150,7 +150,8 @@ class ChatTemplate:
         arguments and errors: see compose.
         """
         render, given = self._rendering(messages, finished, rule, thoughts)
-        return first_dropped(render, given, tools, judged=judged, asked=asked)
+        keep = thoughts == "keep"
+        return first_dropped(render, given, tools, judged=judged, asked=asked, thoughts=keep)
 
     def dropped_thoughts(
         self,

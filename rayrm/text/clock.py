@@ -21,7 +21,7 @@ _STOPPED = "{% macro strftime_now(format) %}"
 _PERCENT = "\ue000"
 
 # strftime's directives, with glibc's; each also without its padding ("%-d").
-_DIRECTIVES = "aAbBcCdDeFgGhHIjklmMpPrRsSTuUVwWxXyYzZf"
+_DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZf"
 
 
 def reads_clock(template: str) -> bool:
@@ -30,10 +30,11 @@ def reads_clock(template: str) -> bool:
 
 
 def stop_clock(template: str, at: datetime) -> str:
-    """Return the template with its clock stopped at that moment, for every format it may ask for.
+    """Return the template with its clock stopped at that moment.
 
-    A macro shadows the function, so transformers, vLLM and TRL render the same text on any day.
-    A template without a clock is returned unchanged.
+    A macro shadows the function, so transformers, vLLM and TRL render the same text on any day. It
+    knows strftime's directives, also with the flag "-", but no other flags. A template without a
+    clock is returned unchanged.
     """
     if not reads_clock(template):
         return template

@@ -47,6 +47,9 @@ _UNRELATED = {
     "truncation_strategy",
 }
 
+# Settings that name special tokens, other than the pad token.
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token", "mask_token")
+
 # Attribute in which a tokenizer keeps its fingerprint and the state that it was computed from.
 _REMEMBERED = "_rayrm_fingerprint"
 
@@ -54,9 +57,9 @@ _REMEMBERED = "_rayrm_fingerprint"
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the sha256 over a tokenizer's vocabulary, id by id, without a pad token behind it.
 
-    Two tokenizers with equal fingerprints mean the same by the same ids. A pad token with the
-    highest id was added for batches; no row has it. The tokenizer keeps the hash until tokens are
-    added or its pad token changes: for 150 000 tokens it takes half a second.
+    Two tokenizers with equal fingerprints mean the same by the same ids. A pad token that has the
+    highest id and no other role was added for batches; no row has it. The tokenizer keeps the hash
+    until tokens are added or its pad token changes: for 150 000 tokens it takes half a second.
     """
     made_of = getattr(tokenizer, "_tokenizer", None)
     added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
@@ -65,11 +68,19 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     known_of, known_state, known = vars(tokenizer).get(_REMEMBERED, (None, None, ""))
     if not known or known_of is not made_of or known_state != state:
         vocabulary = sorted((i, token) for token, i in tokenizer.get_vocab().items())
-        if vocabulary[-1][1] == tokenizer.pad_token:
+        if vocabulary[-1][1] == tokenizer.pad_token and vocabulary[-1][1] not in _others(tokenizer):
             vocabulary.pop()
         known = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
         vars(tokenizer)[_REMEMBERED] = made_of, state, known
     return known
+
+
+def _others(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Return the special tokens that have another role than the pad token."""
+    roles = tokenizer.special_tokens_map
+    return {
+        token for role, token in roles.items() if role != "pad_token" and isinstance(token, str)
+    }
 
 
 def fingerprint_text(directory: Path, at: datetime) -> str:
@@ -82,6 +93,8 @@ def fingerprint_text(directory: Path, at: datetime) -> str:
         if (file := directory / name).exists():
             settings |= _read(file)
     pad = _content(settings.get("pad_token"))
+    if pad in [_content(settings.get(role)) for role in _ROLES]:
+        pad = None  # it is more than a pad
     if added := settings.get("added_tokens_decoder"):
         tokens = [{**token, "id": int(i)} for i, token in added.items()]
         settings["added_tokens_decoder"] = _without_added_pad(tokens, pad)

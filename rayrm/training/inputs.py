@@ -14,6 +14,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from rayrm.errors import TrainingError
+from rayrm.model.architecture import hash_config
 from rayrm.text.fingerprints import fingerprint_of_text
 from rayrm.text.template import Template
 from rayrm.training.dataset import PreferenceData
@@ -26,13 +27,15 @@ class Inputs:
 
     data_fingerprint: hash of the training groups' text. text_to_ids: hash of the tokenizer and chat
     template (fingerprints.py). template: the TemplateSpec as a dict. groups: number of groups of
-    the schedule. frozen_sha256: hash of the weights that are not trained.
+    the schedule. config_sha256: hash of what the base's config makes of weights (architecture.py).
+    frozen_sha256: hash of the weights that are not trained.
     """
 
     data_fingerprint: str
     text_to_ids: str
     template: dict[str, Any]
     groups: int
+    config_sha256: str
     frozen_sha256: str
 
     @classmethod
@@ -42,6 +45,7 @@ class Inputs:
             text_to_ids=data.text_to_ids,
             template=asdict(template.spec),
             groups=len(data),
+            config_sha256=hash_config(model.config.to_dict()),
             frozen_sha256=hash_frozen(model),
         )
 
@@ -80,6 +84,7 @@ class Inputs:
                 "started; set it back (null: every prompt is one group), or give this run another "
                 "name"
             )
+        check_config(self.config_sha256, state, base)
         check_frozen(self.frozen_sha256, state["frozen_sha256"], base)
 
 
@@ -90,6 +95,7 @@ def check_exported(
 
     trained: the result of train_loop.
     """
+    check_config(hash_config(model.config.to_dict()), trained, base)
     check_frozen(hash_frozen(model), trained["frozen_sha256"], base)
     now = fingerprint_of_text(template.tokenizer, datetime.now())
     if not _same_ids(now, asdict(template.spec), trained):
@@ -97,6 +103,16 @@ def check_exported(
             f"the tokenizer, chat template or generation_config.json of {base} has changed since "
             "this run encoded its data, so the export would build other rows than it was trained "
             "on: restore it and start the run again, which then only exports"
+        )
+
+
+def check_config(found: str, recorded: Mapping[str, Any], base: str) -> None:
+    """Raise TrainingError if the base's config is not the one that the run was started with."""
+    if recorded.get("config_sha256", found) != found:
+        raise TrainingError(
+            f"config.json of {base} has changed since the run was started, or is read otherwise by "
+            "this transformers, and the trained weights fit only the old one: restore it, or give "
+            "this run another name"
         )
 
 

@@ -121,7 +121,7 @@ def load_data(
             )
             limit = config.train.pairs_per_group if training else None
             if loss.ranks:
-                check_ranked(groups, limit)
+                check_ranked(groups, limit, loss.objective)
             encoded.append(
                 encode_groups(
                     groups,
@@ -157,7 +157,7 @@ def check_ids(data: Sequence[PreferenceData | None], model: PreTrainedModel, pat
         )
 
 
-def check_ranked(groups: Sequence[Group], limit: int | None) -> None:
+def check_ranked(groups: Sequence[Group], limit: int | None, objective: str) -> None:
     """Raise DataError if a preference has a margin or label, since a ranking is only an order.
 
     Also if a choice has more pairs than `limit`, since a choice cannot be split over groups.
@@ -167,14 +167,14 @@ def check_ranked(groups: Sequence[Group], limit: int | None) -> None:
         if limit is not None and pairs > limit:
             raise DataError(
                 f"{group.source}: a record of this prompt ranks a response above {pairs} others, "
-                f"and train.pairs_per_group is {limit}: loss.objective = 'plackett_luce' cannot "
+                f"and train.pairs_per_group is {limit}: loss.objective = {objective!r} cannot "
                 f"split this; set train.pairs_per_group to {pairs} or more"
             )
         for preference in group.preferences:
             if preference.margin != 0.0 or preference.label != 1.0:
                 raise DataError(
                     f"{group.source}: a record of this prompt has margin {preference.margin:g} and "
-                    f"label {preference.label:g}, which loss.objective = 'plackett_luce' does not "
+                    f"label {preference.label:g}, which loss.objective = {objective!r} does not "
                     "use: remove the columns, or train with bradley_terry"
                 )
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -360,3 +361,15 @@ def test_a_missing_model_is_named_with_where_it_was_looked_for(tmp_path: Path) -
     missing = tmp_path / "not there"
     with pytest.raises(ModelError, match=str(missing)):
         find_model(str(missing))
+
+
+@pytest.mark.parametrize("model_type", sorted(BACKBONES))
+def test_no_dropout_of_a_backbone_is_left_on(model_type: str, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(model_type)
+    drops = [key for key in config.to_dict() if "drop" in key]
+    for key in drops:
+        setattr(config, key, 0.3)
+    config.save_pretrained(tmp_path)
+    off, on = (load_config(str(tmp_path), dropout=rate) for rate in (0.0, 0.1))
+    assert [getattr(off, key) for key in drops] == [0.0] * len(drops)
+    assert {getattr(on, key) for key in drops} <= {0.0, 0.1}

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from transformers.utils import chat_template_utils
 
-from rayrm.data.records import Group, Preference, Text
+from rayrm.data.records import Group, Message, Preference, Text
 from rayrm.errors import EmptyResponse, InvalidRow, ModelError, RowError
-from rayrm.rows import Row
+from rayrm.rows import Row, Tools
 from rayrm.serving.http.openrlhf import read_rows, sampled_row
 from rayrm.text.chat import ChatTemplate, Rule, Thoughts
 from rayrm.text.clock import reads_clock, stop_clock
+from rayrm.text.dropped import first_dropped
 from rayrm.text.template import Template, TemplateSpec
 from rayrm.training.dataset import encode_groups
 from tests.makers import CHATML, tiny_tokenizer
@@ -279,8 +280,14 @@ STRIPPED = "{{ m.content.split('<a>')[0] + m.content.split('</a>')[-1] }}"
         pytest.param(
             CHATML.replace("m['content']", "m['content'] | striptags"),
             Row("q", "A <b>bold</b> word."),
-            "`content` of message 2",
+            "'<b>' in the response",
             id="tags",
+        ),
+        pytest.param(
+            CHATML.replace("{{ m['content'] }}", "{{ m.content | replace('<b>', '') }}"),
+            Row("A <b>?", "A <b>bold</b> word."),
+            "'<b>' in the response",
+            id="a tag",
         ),
     ],
 )
@@ -300,6 +307,43 @@ def test_a_tool_of_which_the_template_writes_a_part_is_not_refused() -> None:
     declared = {**FUNCTION, "return": {"type": "string"}, "strict": True}
     tool = {"type": "function", "function": declared}
     assert "Tells the weather." in text(of(some + CHATML), Row("q", "a", True, [tool]))
+
+
+def test_what_says_nothing_may_go() -> None:
+    properties = "{% for t in tools or [] %}{{ t.function.name }}"
+    properties += "{% for p in t.function.parameters.properties %}{{ p }}{% endfor %}{% endfor %}"
+    nothing = {"type": "object", "properties": {}}
+    bare = {"name": "now", "description": " ", "parameters": nothing}
+    tool = {"type": "function", "function": bare}
+    assert text(of(properties + CHATML), Row("q", "a", True, [tool])).startswith("now")
+    blank = [say("assistant", "4", reasoning_content="\n\n")]
+    assert text(of(CHATML), Row("2+2?", blank)) == text(of(CHATML), Row("2+2?", "4"))
+    response = [
+        say("assistant", "<think>An orange?</think>An apple."),
+        say("user", "Sure?"),
+        say("assistant", "<think>Hm.</think>Yes."),
+    ]
+    r1 = SHAPES["deepseek r1"].template_of("continue", thoughts="drop")
+    assert "orange" not in text(r1, Row("A fruit?", response))
+
+
+def test_a_text_of_many_tags_is_rendered_a_few_times() -> None:
+    calls: list[int] = []
+
+    def render(messages: list[Message], tools: Tools | None) -> str:
+        calls.append(1)
+        return "".join(f"{m['role']}{m['content']}" for m in messages)
+
+    html = "<b>w</b> " * 20_000
+    messages = [say("user", html), say("assistant", html)]
+    assert first_dropped(render, messages, None, judged=1) is None
+    assert len(calls) == 2, "marked, and plain"
+
+    def strip(messages: list[Message], tools: Tools | None) -> str:
+        return render(messages, tools).replace("<b>", "")
+
+    assert first_dropped(strip, messages, None, judged=1) == "'<b>' in the response"
+    assert len(calls) <= 6
 
 
 @rules

@@ -232,6 +232,17 @@ def test_an_added_pad_does_not_change_what_ids_mean() -> None:
     assert fingerprint(padded) != before, "<|other pad|> is in the middle now"
 
 
+def test_a_token_that_pads_and_ends_is_part_of_what_ids_mean(tmp_path: Path) -> None:
+    """GPT-2 has its EOS last, and people pad with it."""
+    ended, padded = tiny_tokenizer(), tiny_tokenizer()
+    for tokenizer in (ended, padded):
+        tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    before, text = fingerprint(padded), fingerprint_of_text(padded, AT)
+    padded.pad_token = "<|endoftext|>"
+    assert fingerprint(padded) == before == fingerprint(ended)
+    assert fingerprint_of_text(padded, AT) == text
+
+
 def test_ids_of_a_tokenizer_with_an_added_pad_are_scored(tiny_export: Path) -> None:
     model = RewardModel.load(tiny_export, "cpu", "float32")
     padded = AutoTokenizer.from_pretrained(tiny_export)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 from dataclasses import asdict
 from datetime import datetime
@@ -15,6 +16,7 @@ from transformers import GenerationConfig
 
 from rayrm import TrainConfig
 from rayrm.errors import TrainingError
+from rayrm.model.architecture import hash_config
 from rayrm.rows import Row
 from rayrm.text.fingerprints import fingerprint_of_text
 from rayrm.training.inputs import Inputs, check_exported
@@ -55,21 +57,26 @@ def test_the_template_has_what_config_and_base_say(base: Path) -> None:
     assert (template.spec.format, template.spec.rule) == ("text", "template")
 
 
-@pytest.mark.parametrize("file", ["chat_template.jinja", "generation_config.json"])
+@pytest.mark.parametrize("file", ["chat_template.jinja", "generation_config.json", "config.json"])
 def test_a_base_that_changed_while_it_was_trained_is_not_exported(base: Path, file: str) -> None:
     config = configure(base)
     model, template = load_model(config)
     trained = {
         "text_to_ids": fingerprint_of_text(template.tokenizer, datetime(2026, 3, 5)),
         "template": asdict(template.spec),
+        "config_sha256": hash_config(model.config.to_dict()),
         "frozen_sha256": hash_frozen(model),
     }
     check_exported(*load_model(config), trained, str(base))
     if file == "chat_template.jinja":
         (base / file).write_text(QWEN3 + "!")
+    elif file == "config.json":
+        config_file = base / file
+        values = json.loads(config_file.read_text())
+        config_file.write_text(json.dumps(values | {"rms_norm_eps": 0.1}))
     else:
         GenerationConfig(eos_token_id=[1]).save_pretrained(base)
-    with pytest.raises(TrainingError, match=f"of {base} has changed since this run encoded"):
+    with pytest.raises(TrainingError, match=f"of {base} has changed since"):
         check_exported(*load_model(config), trained, str(base))
 
 
@@ -78,6 +85,7 @@ INPUTS: dict[str, Any] = {
     "text_to_ids": "t",
     "template": {"format": "chat", "ends": ("a", "b")},
     "groups": 7,
+    "config_sha256": "c",
     "frozen_sha256": "f",
 }
 DIFFERENCES: list[dict[str, Any]] = [

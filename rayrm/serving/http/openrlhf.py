@@ -57,16 +57,23 @@ def read_rows(
     for i, (query, prompt) in enumerate(zip(queries, prompts, strict=True)):
         try:
             if not query.startswith(prompt):  # a batch may pad only its queries on the left
-                bos = template.tokenizer.bos_token
-                query, prompt = (
-                    template.ends.without_left_pads(text, bos) for text in (query, prompt)
-                )
-            if not query.startswith(prompt):
-                raise InvalidRow("the query does not begin with its prompt")
+                query, prompt = without_left_pads(template, query, prompt)
             rows.append(sampled_row(template, prompt, query[len(prompt) :]))
         except RowError as error:
             errors[i] = error
     return rows, errors
+
+
+def without_left_pads(template: Template, query: str, prompt: str) -> tuple[str, str]:
+    """Return a query and its prompt without padding on their left.
+
+    Raises InvalidRow if the query does not begin with the prompt even so.
+    """
+    bos = template.tokenizer.bos_token
+    bare, start = (template.ends.without_left_pads(text, bos) for text in (query, prompt))
+    if not bare.startswith(start) or (prompt and not start):
+        raise InvalidRow("the query does not begin with its prompt")
+    return bare, start
 
 
 def respond(rewards: Rewards) -> RewardResponse:
