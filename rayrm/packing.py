@@ -127,18 +127,25 @@ class Pack:
 def plan_packs(costs: Sequence[int], budget: int) -> list[list[int]]:
     """Assign groups to packs of cost ≤ budget (first-fit decreasing); return indices per pack.
 
-    A group above the budget gets its own pack.
+    A group above the budget gets its own pack. N log N, by a tree of the largest room (Johnson,
+    Journal of Computer and System Sciences 1974).
     """
     packs: list[list[int]] = []
-    room: list[int] = []
+    leaves = 1 << max(0, len(costs) - 1).bit_length()
+    room = [budget] * (2 * leaves)  # room[leaves + p]: of pack p; room[n]: of its largest child
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        fit = next((p for p, left in enumerate(room) if costs[i] <= left), None)
-        if fit is None:
-            fit = len(packs)
+        node = 1
+        while node < leaves and costs[i] <= budget:
+            node = 2 * node if room[2 * node] >= costs[i] else 2 * node + 1
+        fit = node - leaves if costs[i] <= budget else len(packs)
+        if fit == len(packs):
             packs.append([])
-            room.append(budget)
         packs[fit].append(i)
-        room[fit] -= costs[i]
+        node = leaves + fit
+        room[node] -= costs[i]
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
     return packs
 
 

@@ -118,6 +118,21 @@ def test_every_group_is_in_one_pack_and_packs_keep_the_budget(seed: int) -> None
 
 
 @seeds
+def test_every_group_is_in_the_first_pack_that_has_room(seed: int) -> None:
+    costs, budget = random_costs(seed)
+    packs: list[list[int]] = []
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        for pack in packs:
+            if sum(costs[j] for j in pack) + costs[i] <= budget:
+                pack.append(i)
+                break
+        else:
+            packs.append([i])
+    assert plan_packs(costs, budget) == packs
+    assert plan_packs([], budget) == [] and plan_packs([budget + 1], budget) == [[0]]
+
+
+@seeds
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_ranks_get_equally_many_micro_batches_within_the_budget(seed: int, world_size: int) -> None:
     costs, budget = random_costs(seed)

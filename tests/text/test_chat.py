@@ -13,10 +13,11 @@ from transformers.utils import chat_template_utils
 from rayrm.data.records import Group, Message, Preference, Text
 from rayrm.errors import EmptyResponse, InvalidRow, ModelError, RowError
 from rayrm.rows import Row, Tools
-from rayrm.serving.http.openrlhf import read_rows, sampled_row
+from rayrm.serving.http.openrlhf import read_rows
 from rayrm.text.chat import ChatTemplate, Rule, Thoughts
 from rayrm.text.clock import reads_clock, stop_clock
 from rayrm.text.dropped import first_dropped
+from rayrm.text.sampled import sampled_row
 from rayrm.text.template import Template, TemplateSpec
 from rayrm.training.dataset import encode_groups
 from tests.makers import CHATML, tiny_tokenizer

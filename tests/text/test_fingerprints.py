@@ -31,8 +31,8 @@ from rayrm.model.export import (
 )
 from rayrm.model.net import load_base
 from rayrm.rows import Row
-from rayrm.serving.http.openrlhf import sampled_row
 from rayrm.text.fingerprints import fingerprint, fingerprint_of_text, fingerprint_text
+from rayrm.text.sampled import sampled_row
 from rayrm.text.template import Template, TemplateSpec
 from rayrm.training.dataset import encode_groups
 from tests.makers import CHATML, tiny_tokenizer

@@ -26,8 +26,8 @@ from rayrm.errors import (
 )
 from rayrm.packing import Ids
 from rayrm.rows import Row, is_ids, prompt_key
-from rayrm.serving.http.openrlhf import sampled_row
 from rayrm.text.fingerprints import fingerprint
+from rayrm.text.sampled import sampled_row
 from rayrm.text.template import COMPOSED, Template, TemplateSpec, set_pad_token
 from tests.makers import CHATML, tiny_tokenizer
 from tests.tiny import byte_tokenizer

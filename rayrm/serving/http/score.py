@@ -6,17 +6,19 @@ about replicas.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 import numpy as np
 from fastapi import HTTPException
-from pydantic import BaseModel, ConfigDict, FailFast, Field, WithJsonSchema
+from pydantic import FailFast, Field, WithJsonSchema
 
 from rayrm.config import OWN
 from rayrm.data.records import MESSAGE_KEYS
 from rayrm.errors import RowError
 from rayrm.rows import Rewards, Row, is_ids
 from rayrm.serving.http.failures import Failure
+from rayrm.serving.http.scoring import Body, Scoring, caller_name
 
 # Any value is accepted here: a row that fits none of these gets an error, the others are scored.
 TextOrIds = Annotated[
@@ -49,10 +51,6 @@ Schemas = Annotated[
     Any,
     WithJsonSchema({"type": ["array", "null"], "items": {"type": "object"}}),
 ]
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 class ScoreRow(Body):
@@ -129,6 +127,27 @@ class NamedScoreResponse(Body):
     """Results by the requested names of rewards."""
     version: str
     """The version that scored the rows: send it with the other parts of the same step."""
+
+
+def handler(
+    scoring: Scoring,
+) -> Callable[[ScoreRequest], Awaitable[ScoreResponse | NamedScoreResponse]]:
+    async def score(request: ScoreRequest) -> ScoreResponse | NamedScoreResponse:
+        """Score rows, each a prompt and a response. A bad row gets an error, the others rewards."""
+        scoring.check_count(len(request.rows))
+        rewards, version = await scoring.score_rows(
+            request.to_rows(),
+            request.tokenizer,
+            caller=caller_name(request.caller),
+            rewards=request.rewards or (OWN,),
+            version=request.version,
+            step=request.step,
+            part=f"{request.part}." if request.part else "",
+            outstanding=request.outstanding,
+        )
+        return respond(rewards, version, named=request.rewards is not None)
+
+    return score
 
 
 def respond(
