@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
+from functools import partial
 from importlib.metadata import PathDistribution, packages_distributions
 from pathlib import Path
 
@@ -110,7 +111,15 @@ def test_the_command_trains_evaluates_scores_and_serves_without_the_checkout(
         port = free.getsockname()[1]
     http = ["--http.enabled", "true", "--http.port", str(port), "--dtype", "float32"]
     serve = [*command, "serve", export, *http]
-    with subprocess.Popen(serve, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=env) as it:
+    # A test in the background ignores Ctrl-C, and what it starts would too.
+    with subprocess.Popen(
+        serve,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=env,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    ) as it:
         assert it.stdout is not None
         try:
             assert any("Ctrl-C stops it" in line for line in it.stdout)
