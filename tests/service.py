@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import random
+import socket
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -23,6 +26,17 @@ from tests.makers import tiny_tokenizer
 
 TOKEN = "a secret"
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
+
+
+def free_ports(n: int) -> list[int]:
+    """Ports below those that the system gives to anyone who asks for some, and above Ray's."""
+    found: set[int] = set()
+    while len(found) < n:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            found.add(port)
+    return list(found)
 
 
 def before_each_pack(model: RewardModel, what: Callable[[], None]) -> RewardModel:

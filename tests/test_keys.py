@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import pickle
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from rayrm.serving.config import ServeConfig
 from rayrm.serving.operations import deploy
 from rayrm.training.dataset import encode_groups
 from tests.makers import make_export
+from tests.service import free_ports
 
 # Writes all that a message may hold, and tools.
 TEMPLATE = """{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>\
@@ -187,9 +187,7 @@ def test_training_and_evaluation_see_what_is_served(
 
 @pytest.fixture(scope="module")
 def port(cluster: None, export: Path) -> Iterator[int]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     http_section = {"enabled": True, "port": port}
     serve.shutdown()  # another module's Serve opens no port
     deploy(ServeConfig(export=str(export), app="keys", dtype="float32", http=http_section))

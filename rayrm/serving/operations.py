@@ -306,7 +306,10 @@ def _start_serve(http: HttpSection) -> None:
     assert client is not None
     running = client.http_config
     if not serve.status().proxies:
-        raise ServiceError("Serve runs here already without HTTP: run `serve shutdown` first")
+        raise ServiceError(
+            f"Serve runs here already without HTTP, or cannot open {running.host}:{running.port} "
+            "because another program has the port: run `serve shutdown` first, or choose another"
+        )
     if (running.host, running.port) != (http.host, http.port):
         raise ServiceError(
             f"Serve runs here already and answers HTTP on {running.host}:{running.port}, not on "

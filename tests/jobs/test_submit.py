@@ -6,14 +6,12 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ import pytest
 
 from rayrm import RewardModel
 from tests.makers import make_base
-from tests.service import samples_at
+from tests.service import free_ports, samples_at
 
 pytestmark = pytest.mark.slow
 
@@ -119,14 +117,6 @@ def head() -> Iterator[Head]:
         process.terminate()  # ends what it started, too
         process.wait(60)
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def free_ports(n: int) -> list[int]:
-    with ExitStack() as open_sockets:
-        sockets = [open_sockets.enter_context(socket.socket()) for _ in range(n)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def answers(head: Head) -> bool:

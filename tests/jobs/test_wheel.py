@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.makers import make_base
+from tests.service import free_ports
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -106,9 +106,7 @@ def test_the_command_trains_evaluates_scores_and_serves_without_the_checkout(
     scored = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
     assert all(isinstance(row["reward"], float) for row in scored)
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     http = ["--http.enabled", "true", "--http.port", str(port), "--dtype", "float32"]
     serve = [*command, "serve", export, *http]
     # A test in the background ignores Ctrl-C, and what it starts would too.

@@ -44,7 +44,7 @@ from rayrm.serving.record import Served, change_record, read_record
 from rayrm.serving.transports.handle import REPLICA
 from rayrm.text.fingerprints import fingerprint
 from tests.makers import tiny_tokenizer
-from tests.service import AUTHORIZED, TOKEN, ask, assert_same, rendered, rows, texts
+from tests.service import AUTHORIZED, TOKEN, ask, assert_same, free_ports, rendered, rows, texts
 
 ROOT = Path(__file__).parent.parent.parent
 MAX_BYTES = 2**18
@@ -57,9 +57,7 @@ def port(
     cluster: None, tiny_export: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[int]:
     """Where the tiny export answers HTTP, with a token and small limits."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     token = tmp_path_factory.mktemp("secret") / "token"
     token.write_text(TOKEN + "\n")
     config = ServeConfig(
@@ -368,9 +366,7 @@ def test_over_http_it_is_said_what_is_wrong(port: int) -> None:
         RewardClient(url=f"{url}/nothing", token=TOKEN).score(["a"], ["b"])
     with pytest.raises(ServiceError, match="answered 413: 65 rows"):
         RewardClient(url=url, token=TOKEN).score(["a"] * 65, [str(i) for i in range(65)])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        nobody = free.getsockname()[1]
+    (nobody,) = free_ports(1)
     with pytest.raises(ServiceError, match=f"nothing answers at http://127.0.0.1:{nobody}"):
         RewardClient(url=f"http://127.0.0.1:{nobody}").score(["a"], ["b"])
 

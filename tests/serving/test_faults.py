@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,7 @@ from rayrm.serving.config import ServeConfig
 from rayrm.serving.operations import deploy
 from rayrm.serving.queue import Values
 from rayrm.serving.replica import Replica
-from tests.service import ask, rows, stats, texts, until
+from tests.service import ask, free_ports, rows, stats, texts, until
 
 APP = "faults"
 SECONDS_PER_PACK = 0.05
@@ -155,9 +154,7 @@ class Answered:
 @pytest.fixture(scope="module")
 def port(cluster: None, tiny_export: Path) -> Iterator[int]:
     """Two faulty replicas, and where they are to be asked over HTTP."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     serve.shutdown()
     config = ServeConfig(
         export=str(tiny_export),

@@ -45,7 +45,7 @@ from rayrm.serving.http.guard import RequestGuard
 from rayrm.serving.operations import deploy
 from rayrm.text.fingerprints import fingerprint
 from tests.makers import tiny_tokenizer
-from tests.service import ask, rendered, rows
+from tests.service import ask, free_ports, rendered, rows
 
 APP = "attacked"
 CLIENT = RewardClient(APP)
@@ -78,9 +78,7 @@ def port(
     cluster: None, tiny_export: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[int]:
     """Where the tiny export answers HTTP, with a token, few rows a request, and defaults."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     token = tmp_path_factory.mktemp("secret") / "token"
     token.write_text(TOKEN)
     http = {"enabled": True, "port": port, "token_file": str(token), "max_rows": 64}

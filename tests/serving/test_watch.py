@@ -28,9 +28,8 @@ from rayrm import RewardClient, ServeConfig, TrainConfig, deploy, fit
 from rayrm.errors import EmptyResponse
 from rayrm.model.export import read_export
 from rayrm.serving.operations import try_out
-from tests.jobs.test_submit import free_ports
 from tests.makers import make_base
-from tests.service import until
+from tests.service import free_ports, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
