@@ -300,7 +300,14 @@ def _start_serve(http: HttpSection) -> None:
     if not http.enabled:
         serve.start(proxy_location="Disabled")  # clients call through handles: no port is opened
         return
-    serve.start(http_options={"host": http.host, "port": http.port})
+    try:
+        serve.start(http_options={"host": http.host, "port": http.port})
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ServiceError(
+            f"HTTP does not start on {http.host}:{http.port} ({reason}): run `serve shutdown`, and "
+            "choose a port that no other program has"
+        ) from None
     # If Serve runs already it keeps its address, and logs this at most.
     client = _get_global_client()
     assert client is not None

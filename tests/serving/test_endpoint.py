@@ -579,6 +579,22 @@ def test_whoever_is_refused_hears_when_to_come_back() -> None:
 
 
 @pytest.mark.slow
+def test_a_port_that_another_program_has_is_named(cluster: None, tiny_export: Path) -> None:
+    serve.shutdown()
+    (taken,) = free_ports(1)
+    config = ServeConfig(
+        export=str(tiny_export),
+        dtype="float32",
+        app="late",
+        http={"enabled": True, "port": taken},
+    )
+    refused = pytest.raises(ServiceError, match=f"not start on 127.0.0.1:{taken} .*Failed to bind")
+    with socket.create_server(("127.0.0.1", taken)), refused:
+        deploy(config)
+    serve.shutdown()
+
+
+@pytest.mark.slow
 def test_a_serve_without_http_is_not_taken_for_one_with(port: int, tiny_export: Path) -> None:
     serve.shutdown()
     serve.start(proxy_location="Disabled")
