@@ -132,7 +132,8 @@ def plan_packs(costs: Sequence[int], budget: int) -> list[list[int]]:
     """
     packs: list[list[int]] = []
     leaves = 1 << max(0, len(costs) - 1).bit_length()
-    room = [budget] * (2 * leaves)  # room[leaves + p]: of pack p; room[n]: of its largest child
+    # room[leaves + p] is that of pack p; room[n] is the larger of room[2n] and room[2n + 1].
+    room = [budget] * (2 * leaves)
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         node = 1
         while node < leaves and costs[i] <= budget:

@@ -303,6 +303,8 @@ def _start_serve(http: HttpSection) -> None:
     try:
         serve.start(http_options={"host": http.host, "port": http.port})
     except RuntimeError as error:
+        if "Failed to bind" not in str(error):
+            raise
         reason = str(error).strip().splitlines()[-1]
         raise ServiceError(
             f"HTTP does not start on {http.host}:{http.port} ({reason}): run `serve shutdown`, and "

@@ -163,18 +163,6 @@ def test_a_config_that_makes_other_rewards_of_the_weights_makes_another_version(
     assert not np.array_equal(before.score(*rows).values, after.score(*rows).values)
 
 
-@pytest.mark.parametrize("change", SAME_MODEL)
-def test_a_config_that_makes_the_same_rewards_does_not_change_the_version(
-    tiny_export: Path, tmp_path: Path, change: str
-) -> None:
-    changed = copy(tiny_export, tmp_path / "changed")
-    SAME_MODEL[change](changed)
-    before, after = (RewardModel.load(d, "cpu", "float32") for d in (tiny_export, changed))
-    assert before.version == after.version
-    rows = ["What is it?"], ["A long answer, and another word."]
-    assert np.array_equal(before.score(*rows).values, after.score(*rows).values)
-
-
 def test_the_config_of_an_adapter_s_backbone_is_part_of_its_version() -> None:
     spec = TemplateSpec("chat", "\n", 256, "f" * 64)
     adapter = AdapterRecord(base="b", backbone_sha256="c", weights_sha256="d", scale=1.0)
@@ -187,12 +175,12 @@ def test_the_config_of_an_adapter_s_backbone_is_part_of_its_version() -> None:
     assert one.adapter_version != other.adapter_version
 
 
-@pytest.mark.parametrize("change", SAME_IDS)
-def test_how_batches_are_padded_does_not_change_the_version(
+@pytest.mark.parametrize("change", SAME_IDS | SAME_MODEL)
+def test_what_makes_the_same_rewards_does_not_change_the_version(
     tiny_export: Path, tmp_path: Path, change: str
 ) -> None:
     changed = copy(tiny_export, tmp_path / "changed")
-    SAME_IDS[change](changed)
+    (SAME_IDS | SAME_MODEL)[change](changed)
     before, after = (RewardModel.load(d, "cpu", "float32") for d in (tiny_export, changed))
     assert before.version == after.version
     rows = ["What is it?"], ["A long answer, and longer than nine tokens."]
